@@ -1,0 +1,1714 @@
+"""DiWA in one file: a diffusion policy that improves by practising inside a learned world model.
+
+    python diwa.py --stage all                     # everything, about half an hour on two CPU cores, ends with runs/cpu/report.md
+    python diwa.py --stage all --preset smoke      # the same loop in about a minute, to see that it installs (the numbers mean nothing)
+    python diwa.py --stage all --task turn_on_led  # another of the eight tasks; play and world model are reused
+    python diwa.py --help                          # every setting, its default and the paper's value
+
+Read it top to bottom; each section is one idea:
+
+    1 Config          every number, once                       5 Reward    a classifier that recognises success
+    2 Bookkeeping     run folder, resume, progress             6 Dream     a world model is an environment
+    3 World model     pixels + actions -> imagined futures     7 PPO       credit for every denoising step
+    4 Actor           a policy that denoises action chunks     8 Agent     what a robot would run; evaluation
+                                                               9 Stages    the pipeline, one function each
+
+Symbols: B batch (dreams), T time steps, H chunk length, A = 7 action numbers, K denoising steps (K' of them fine-tuned),
+    h deterministic and z stochastic latent, c commanded pose, F = size of the feature [h, z, c].
+
+One action = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad a unit), gripper (-1 close, +1 open), 30 a second.
+
+Where this file departs from the papers, on purpose (each is a flag or a comment at its line):
+    - dreams start from *recorded* frames; the official code resets the simulator for each first frame;
+    - the transition is told the commanded pose c, because CALVIN's arm follows a target that accumulates the actions;
+    - the preset `cpu` learns on linear codes of the frames and Gaussian latents; `gpu` and `paper` use convolutions and categoricals;
+    - the prior is also trained open loop, because that is how it is used in a dream;
+    - the classifier compares the current feature with the first one, because CALVIN's task rules do.
+Sources: DiWA arXiv 2508.03645; DPPO arXiv 2409.00588; DreamerV2 arXiv 2010.02193; PPO arXiv 1707.06347; LUMOS arXiv 2503.10370.
+"""
+import argparse
+import copy
+import csv
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import calvin_sim
+import report
+from calvin_sim import TASKS, advance_target
+from data import Dataset, InputError, action_chunks, pack, save_part, window_starts, write_atomic
+
+# ======================================================================================================================
+# 1  Config.  Every number of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
+#    when one of its own fields, or one of the stages it reads from, has changed.  Presets are differences to the defaults.
+# ======================================================================================================================
+
+@dataclass
+class Config:
+    stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report, or all of them in this order
+    preset: str = "auto"            # cpu, gpu, paper or smoke; auto = gpu where CUDA is, else cpu
+    task: str = "close_drawer"      # one of CALVIN's eight articulated-object tasks, see --help
+    run: str = ""                   # name of the run folder; default: the preset's name
+    runs: str = "runs"              # where run folders are kept
+    device: str = "auto"            # cpu, cuda or auto
+    workers: int = 2                # simulator processes
+    # common to all stages
+    seed: int = 0                   # every random number of the run follows from it
+    sim: str = "tabletop"           # the simulator that records and evaluates
+    image_size: int = 64            # pixels a side of both cameras (paper: 64)
+    # play: task-agnostic interaction, the world model's only food
+    play_frames: int = 60_000       # recorded frames (paper: 500,000)
+    play_episode: int = 500         # frames of one episode
+    play_replay: int = 20           # expert demonstrations a task, all eight tasks, that only judge the world model
+    # demos: what the policy is cloned from
+    demo_count: int = 50            # demonstrations of the task (paper: 50)
+    # wm: the world model, section 3
+    wm_encoder: str = "linear"      # conv (paper) or linear: the frames' principal components, a closed-form linear autoencoder
+    wm_codes: int = 256             # linear encoder: components of the static camera; the gripper camera gets half
+    wm_depth: int = 48              # conv encoder: channels of the first layer (paper: 48)
+    wm_latent: str = "gaussian"     # categorical (paper) or gaussian
+    wm_z: int = 48                  # number of latents: Gaussian dimensions or categorical variables (paper: 32)
+    wm_classes: int = 32            # classes of a categorical latent (paper: 32)
+    wm_h: int = 256                 # size of the deterministic state (paper: 1024)
+    wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
+    wm_embed: int = 256             # width of the fused embedding of one observation
+    wm_updates: int = 4000          # gradient steps (paper: up to 2 M)
+    wm_batch: int = 32              # sequences a batch (paper: 50)
+    wm_length: int = 40             # frames a sequence (paper: 50)
+    wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
+    wm_decay: float = 0.05          # weight decay (paper: 0.05)
+    wm_clip: float = 100.0          # global gradient norm (paper: 100)
+    wm_kl: float = 0.3              # weight of the KL term (paper: 0.3)
+    wm_balance: float = 0.8         # share of the KL that trains the prior (paper: 0.8)
+    wm_free: float = 0.0            # free nats an element, DreamerV3 (paper: 0)
+    wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
+    wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
+    wm_context: int = 5             # open loop starts after 1..wm_context frames
+    wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
+    wm_events: float = 0.5          # share of windows drawn where the scene changes, found in the pixels (paper: 0)
+    wm_decode: float = 1.0          # conv: share of the frames that are decoded for the loss (paper: 1)
+    # bc: the diffusion policy, section 4
+    bc_actor: str = "diffusion"     # diffusion or gaussian
+    bc_net: str = "mlp"             # denoiser: mlp or unet
+    bc_hidden: int = 256            # width of the mlp (paper: 512)
+    bc_chunk: int = 4               # H, actions predicted and executed at once (paper: 4)
+    bc_steps: int = 20              # K, denoising steps (paper: 20)
+    bc_updates: int = 4000          # gradient steps (paper: 5000 epochs)
+    bc_batch: int = 256             # chunks a batch (paper: 256)
+    bc_lr: float = 5e-4             # AdamW, warm-up, cosine to a tenth (paper: 1e-4)
+    bc_ema: float = 0.995           # moving average of the weights, which is what acts (paper: 0.995)
+    # reward: the success classifier, section 5
+    reward_labels: str = "unlabelled"  # play as unlabelled negatives; "demos" = no play (paper); "predicate" = label play by the task rule
+    reward_hidden: int = 256        # width (paper: 512)
+    reward_updates: int = 1500      # gradient steps
+    reward_lr: float = 3e-4         # Adam (paper: 1e-6)
+    reward_tau: float = 0.5         # NT-Xent temperature (paper: 0.5)
+    reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
+    reward_play: float = 0.5        # weight of a play pair in the cross-entropy
+    # ft: PPO in the dream, sections 6 and 7
+    ft_iterations: int = 20         # rollout + update (paper: about 770)
+    ft_dreams: int = 128            # parallel dreams (paper: 50)
+    ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
+    ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
+    ft_starts: float = 0.3          # dreams start in the first part of a demonstration (0 = first frames only)
+    ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
+    ft_epochs: int = 5              # passes over each rollout (paper: 10)
+    ft_minibatches: int = 5         # a pass (paper: 1)
+    ft_actor_lr: float = 1e-4       # AdamW (paper: 1e-5)
+    ft_critic_lr: float = 1e-3      # AdamW (paper: 1e-3)
+    ft_warmup: int = 2              # iterations that train the critic only
+    ft_gamma: float = 0.999         # discount a chunk (paper: .999)
+    ft_lambda: float = 0.95         # GAE (paper: .95)
+    ft_gamma_denoise: float = 0.99  # discount a denoising step (paper: .99)
+    ft_clip: float = 0.01           # clip range at the last denoising step (paper: .01)
+    ft_clip_first: float = 0.001    # clip range at the noisiest fine-tuned step (paper: .001)
+    ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
+    ft_value: float = 0.5           # weight of the value loss (paper: .5)
+    ft_bc: float = 0.05             # alpha_BC, pull towards the frozen policy's chains (paper: .05)
+    ft_snapshot: int = 5            # keep the weights every so many iterations, for the learning curve
+    # eval
+    eval_episodes: int = 100        # paired start states, before and after (paper: 29-48)
+    eval_curve: int = 40            # start states, others, for the learning curve
+    eval_steps: int = 72            # time limit (paper: 72)
+
+
+PRESETS = {
+    "cpu": {},
+    "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
+                wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256, ft_iterations=40),
+    "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
+                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_events=0.0, wm_unimix=0.0, play_frames=500_000,
+                  bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
+                  ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5),
+    "smoke": dict(play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64, wm_embed=64, wm_z=16,
+                  wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150, reward_hidden=64, reward_updates=60, ft_iterations=3,
+                  ft_dreams=16, ft_epochs=2, ft_warmup=1, ft_snapshot=2, eval_episodes=8, eval_curve=4),
+}
+
+STAGES = {  # name: (prefix of its own fields, stages it reads, is there one a task?)
+    "play": ("play_", (), False),
+    "demos": ("demo_", (), True),
+    "wm": ("wm_", ("play",), False),
+    "bc": ("bc_", ("wm", "demos"), True),
+    "reward": ("reward_", ("wm", "demos"), True),
+    "finetune": ("ft_", ("bc", "reward"), True),
+    "eval": ("eval_", ("finetune",), True),
+}
+
+
+def field_help():
+    """{field: its comment in the source above}: the comments are the documentation, --help prints them."""
+    return dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
+
+
+def stamp(cfg, stage):
+    """All settings that the output of a stage depends on; saved in it, and compared before it is used again."""
+    prefix, inputs, per_task = STAGES[stage]
+    names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(prefix)] + ["seed", "sim", "image_size"] + ["task"] * per_task
+    settings = {name: getattr(cfg, name) for name in names}
+    for other in inputs:
+        settings.update(stamp(cfg, other))
+    return settings
+
+
+# ======================================================================================================================
+# 2  Bookkeeping.  A stage writes its result whole or not at all, saves its progress every half minute, and draws the random
+#    numbers of update i from (seed, stage, i): a run that was killed and resumed ends as if nothing had happened.
+# ======================================================================================================================
+
+def output(cfg, stage):
+    """Path of a stage's result."""
+    folder = Path(cfg.runs) / cfg.run
+    name = f"{stage}_{cfg.task}" if STAGES[stage][2] else stage
+    return folder / (name if stage in ("play", "demos") else f"{name}.json" if stage == "eval" else f"{name}.pt")
+
+
+def seed_everything(*words):
+    """Seed torch from the words and return a numpy generator seeded alike."""
+    number = zlib.crc32(repr(words).encode())
+    torch.manual_seed(number)
+    return np.random.default_rng(number)
+
+
+def save(path, content):
+    def write(temporary):
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:                       # torch reports a full disk as a RuntimeError
+            raise OSError(str(error).splitlines()[0]) from error
+    write_atomic(path, write)
+
+
+def load_file(path, device="cpu"):
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} is damaged or is not a checkpoint of this program ({type(error).__name__}): delete it and run the same command again") from error
+
+
+def stamp_of(cfg, stage):
+    """The settings that an existing result was made with, or None where there is none."""
+    path = output(cfg, stage)
+    if stage in ("play", "demos"):
+        return json.loads((path / "meta.json").read_text()).get("stamp") if (path / "meta.json").exists() else None
+    return load_file(path)["stamp"] if path.exists() else None
+
+
+def load(cfg, stage):
+    """The result of an earlier stage, made with today's settings; anything else is an error that names the difference."""
+    path, want, found = output(cfg, stage), stamp(cfg, stage), stamp_of(cfg, stage)
+    if found is None:
+        raise InputError(f"{path} is missing: run --stage {stage} first, or --stage all")
+    for name in want:
+        if found.get(name) != want[name]:
+            raise InputError(f"{path} was made with {name}={found.get(name)}, but the settings now say {name}={want[name]}: "
+                             f"run --stage {stage} again (or --stage all), or give --{name} {found.get(name)}")
+    return Dataset(path) if stage in ("play", "demos") else load_file(path, cfg.device)
+
+
+class Progress:
+    """One line with the time left: rewritten on a terminal, printed every 15 seconds into a log file."""
+
+    def __init__(self, name, total, done=0):
+        self.name, self.total, self.first, self.start, self.shown = name, total, done, time.time(), 0.0
+
+    def __call__(self, done, text=""):
+        tty, now = sys.stdout.isatty(), time.time()
+        if now - self.shown < (0.5 if tty else 15) and done < self.total:
+            return
+        self.shown, rate = now, max(done - self.first, 1e-9) / (now - self.start + 1e-9)
+        left = (self.total - done) / rate if done > self.first else 0
+        line = f"  {self.name:<14} {done:>7,}/{self.total:,}  {rate:8.1f}/s  {int(left) // 60:3d}:{int(left) % 60:02d} left  {text}"
+        print(("\r\033[K" if tty else "") + line, end="\n" if not tty or done >= self.total else "", flush=True)
+
+
+class Log:
+    """runs/<name>/log.csv, long format: stage, task, step, metric, value.  Rows of a stage that is done again are replaced."""
+
+    def __init__(self, cfg, stage, first):
+        self.path, self.key = Path(cfg.runs) / cfg.run / "log.csv", [stage, cfg.task if STAGES[stage][2] else ""]
+        rows = list(csv.reader(self.path.open())) if self.path.exists() else []
+        keep = [r for r in rows if len(r) == 5 and r[0] != "stage" and (r[:2] != self.key or int(r[2]) <= first)]
+        text = "\n".join(",".join(r) for r in [["stage", "task", "step", "metric", "value"]] + keep) + "\n"
+        write_atomic(self.path, lambda p: p.write_text(text))
+
+    def __call__(self, step, metrics):
+        with self.path.open("a") as f:
+            f.writelines(",".join([*self.key, str(step), name, f"{value:.6g}"]) + "\n" for name, value in metrics.items())
+
+
+def read_log(cfg, stage, metric):
+    """(steps, values) of one metric of a stage."""
+    path = Path(cfg.runs) / cfg.run / "log.csv"
+    key = [stage, cfg.task if STAGES[stage][2] else ""]
+    rows = [r for r in csv.reader(path.open()) if r[:2] == key and r[3] == metric] if path.exists() else []
+    return [int(r[2]) for r in rows], [float(r[4]) for r in rows]
+
+
+def train(cfg, stage, total, state, update, every=20):
+    """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.
+
+    state: {name: object with state_dict}; saved beside the result every 30 s and restored when the program was killed.
+    Losses stay on the device and are looked at every `every` updates; a NaN stops the run and says where it arose."""
+    path = output(cfg, stage)
+    partial = path.with_name(path.stem + ".partial.pt")
+    done, saved, pending = 0, time.time(), []
+    if partial.exists():
+        content = load_file(partial, cfg.device)
+        if content["stamp"] == stamp(cfg, stage):
+            done = content["done"]
+            for name, thing in state.items():
+                thing.load_state_dict(content["state"][name])
+            print(f"  {stage} resumes at {done:,} of {total:,}")
+    log, progress = Log(cfg, stage, done), Progress(stage, total, done)
+    for i in range(done, total):
+        pending.append(update(i, seed_everything(cfg.seed, stage, cfg.task if STAGES[stage][2] else "", i)))
+        if (i + 1) % every and i + 1 < total:
+            continue
+        metrics = {name: torch.stack([p[name].detach().float() for p in pending]).mean().item() for name in pending[-1]}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise InputError(f"stage {stage}: {name} became {value} between steps {i + 2 - len(pending)} and {i + 1}; the last good state is in "
+                                 f"{partial}: try half the learning rate (--{STAGES[stage][0]}... --help) or --wm_clip 10, and run again")
+        pending = []
+        log(i + 1, metrics)
+        progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
+        if time.time() - saved > 30 and i + 1 < total:
+            save(partial, dict(stamp=stamp(cfg, stage), done=i + 1, state={n: t.state_dict() for n, t in state.items()}))
+            saved = time.time()
+    return partial
+
+
+def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
+    """Linear warm-up, then half a cosine from peak to floor * peak."""
+    rise, fall = min(1.0, (step + 1) / warmup), floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * rise * fall
+
+
+# ======================================================================================================================
+# 3  World model.  A recurrent state-space model (DreamerV2, eq. 1): it watches both cameras and the robot's own pose, keeps a
+#    deterministic memory h and a stochastic guess z, and learns to foresee z before it sees the frame.
+#
+#        h_t  = GRU(h_{t-1}, [z_{t-1}, a_{t-1}, c_t])       what has happened
+#        z^_t ~ prior(h_t)                                   what the frame should look like         <- dreams use this one
+#        z_t  ~ posterior(h_t, embedding of frame t)         what it does look like                  <- the robot uses this one
+#        frame_t ~ decoder(h_t, z_t)
+#
+#    Alignment matters: step t consumes the action executed BEFORE frame t.  Every training sequence starts from the zero state,
+#    because that is how each dream and each deployment starts.
+# ======================================================================================================================
+
+HOME_POSE = torch.tensor([0.03, -0.23, 0.55, math.pi, 0.0, math.pi / 2])            # m, rad: the tool points straight down
+HOME_JOINTS = torch.tensor([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])
+POSE_SCALE = torch.tensor([0.1, 0.1, 0.1, 0.3, 0.3, 0.3])
+
+
+def wrap(angle):
+    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+
+
+def encode_pose(pose):
+    """TCP pose [..., 6] in m and rad -> about unit scale, continuous where roll jumps from pi to -pi."""
+    home, scale = HOME_POSE.to(pose), POSE_SCALE.to(pose)
+    return torch.cat([pose[..., :3] - home[:3], wrap(pose[..., 3:] - home[3:])], -1) / scale          # [..., 6]
+
+
+def decode_pose(code):
+    return code * POSE_SCALE.to(code) + HOME_POSE.to(code)
+
+
+def encode_proprio(robot_obs):
+    """CALVIN's robot_obs [..., 15] -> the same 15 numbers at about unit scale."""
+    width, command = robot_obs[..., 6:7] / 0.04 - 1, robot_obs[..., 14:15]
+    joints = (robot_obs[..., 7:14] - HOME_JOINTS.to(robot_obs)) / 0.5
+    return torch.cat([encode_pose(robot_obs[..., :6]), width, joints, command], -1)                   # [..., 15]
+
+
+def encode_command(target, gripper):
+    """Commanded pose [..., 6] and last gripper command [..., 1] -> c [..., 7]."""
+    return torch.cat([encode_pose(target), gripper], -1)
+
+
+def mlp(sizes, activation=nn.ELU, norm=True):
+    """Linear (LayerNorm) activation ... Linear; LUMOS normalises the pre-activations with eps 1e-3."""
+    layers = []
+    for a, b in zip(sizes[:-2], sizes[1:-1]):
+        layers += [nn.Linear(a, b)] + ([nn.LayerNorm(b, eps=1e-3)] if norm else []) + [activation()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
+class NormGRU(nn.Module):
+    """A GRU cell with LayerNorm on the gates' pre-activations and an update bias of -1, so that memory is kept by default (DreamerV2)."""
+
+    def __init__(self, inputs, size):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(inputs + size, 3 * size, bias=False), nn.LayerNorm(3 * size, eps=1e-3)
+
+    def forward(self, x, h):
+        reset, candidate, update = self.norm(self.linear(torch.cat([x, h], -1))).chunk(3, -1)
+        update = torch.sigmoid(update - 1)
+        return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * h
+
+
+class LinearCodec(nn.Module):
+    """The closed-form linear autoencoder: principal components of the frames.  Distances between codes are distances between
+    images, so a squared error on codes is the image loss, at a fraction of the price of convolutions on a CPU."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.pixels, sizes = 3 * cfg.image_size ** 2, {"static": cfg.wm_codes, "gripper": cfg.wm_codes // 2}
+        for name, k in sizes.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(self.pixels))
+            self.register_buffer(f"{name}_basis", torch.zeros(self.pixels, k))
+            self.register_buffer(f"{name}_std", torch.ones(k))
+        self.size = sum(sizes.values())
+
+    def fit(self, name, frames):
+        """frames [N, S, S, 3] u8, a sample of the recording."""
+        x = frames.flatten(1).float() / 127.5 - 1                                                     # [N, D]
+        mean, k = x.mean(0), getattr(self, f"{name}_std").numel()
+        _, s, v = torch.svd_lowrank(x - mean, q=min(k + 16, len(x)), niter=3)
+        for key, value in (("mean", mean), ("basis", v[:, :k]), ("std", s[:k] / math.sqrt(len(x)))):
+            getattr(self, f"{name}_{key}").copy_(value)
+
+    def encode(self, static, gripper):
+        """u8 frames [..., S, S, 3] of both cameras -> codes [..., size], in units of the pixels (-1..1)."""
+        codes = [((x.flatten(-3).float() / 127.5 - 1) - getattr(self, f"{n}_mean")) @ getattr(self, f"{n}_basis")
+                 for n, x in (("static", static), ("gripper", gripper))]
+        return torch.cat(codes, -1)                                                                   # [..., size]
+
+    def whiten(self, codes):
+        """Codes for a network's input: square-root whitening lifts small things (a lamp) without shouting noise."""
+        std = torch.cat([self.static_std, self.gripper_std])
+        return codes / (std * std.max()).sqrt() * 3
+
+    def decode(self, codes):
+        """codes -> two images [..., S, S, 3] in -1..1."""
+        side = int(math.sqrt(self.pixels // 3))
+        parts = codes.split([self.static_std.numel(), self.gripper_std.numel()], -1)
+        return [(p @ getattr(self, f"{n}_basis").T + getattr(self, f"{n}_mean")).unflatten(-1, (side, side, 3))
+                for n, p in zip(("static", "gripper"), parts)]
+
+
+class ConvEncoder(nn.Module):
+    """One convolutional network a camera, 64 -> 31 -> 14 -> 6 -> 2 pixels (DreamerV2)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        d = cfg.wm_depth
+        def camera():
+            return nn.Sequential(*[m for a, b in ((3, d), (d, 2 * d), (2 * d, 4 * d), (4 * d, 8 * d))
+                                   for m in (nn.Conv2d(a, b, 4, 2), nn.ELU())], nn.Flatten())
+        self.static, self.gripper = camera(), camera()
+        self.size = 2 * 8 * d * 4
+
+    def forward(self, static, gripper):
+        """u8 [..., 64, 64, 3] twice -> [..., size]"""
+        lead = static.shape[:-3]
+        parts = []
+        for net, x in ((self.static, static), (self.gripper, gripper)):
+            x = x.flatten(0, -4).permute(0, 3, 1, 2)                                                  # [N, 3, 64, 64]
+            x = (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            parts.append(net(x))                                                                      # [N, 8 d * 2 * 2]
+        return torch.cat(parts, -1).unflatten(0, lead)
+
+
+class ConvDecoder(nn.Module):
+    """Feature -> both mean images; transposed convolutions with kernels 5, 5, 6, 6 (DreamerV2)."""
+
+    def __init__(self, cfg, inputs):
+        super().__init__()
+        d = cfg.wm_depth
+        def camera():
+            return nn.Sequential(nn.Linear(inputs, 32 * d), nn.Unflatten(-1, (32 * d, 1, 1)),
+                                 nn.ConvTranspose2d(32 * d, 4 * d, 5, 2), nn.ELU(), nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), nn.ELU(),
+                                 nn.ConvTranspose2d(2 * d, d, 6, 2), nn.ELU(), nn.ConvTranspose2d(d, 3, 6, 2))
+        self.static, self.gripper = camera(), camera()
+
+    def forward(self, feature):
+        """[..., F] -> [static, gripper], each [..., 64, 64, 3] in -1..1"""
+        flat = feature.flatten(0, -2)
+        return [net(flat).permute(0, 2, 3, 1).unflatten(0, feature.shape[:-1]) for net in (self.static, self.gripper)]
+
+
+# --- the stochastic latent: categorical (the paper) or Gaussian --------------------------------------------------------
+
+def latent_size(cfg):
+    return cfg.wm_z * cfg.wm_classes if cfg.wm_latent == "categorical" else cfg.wm_z
+
+
+def stats_size(cfg):
+    return cfg.wm_z * cfg.wm_classes if cfg.wm_latent == "categorical" else 2 * cfg.wm_z
+
+
+def log_probs(stats, cfg):
+    """Categorical logits [..., Z * C] -> normalised log-probabilities [..., Z, C], with a little uniform mixed in (DreamerV3)."""
+    probs = stats.float().unflatten(-1, (-1, cfg.wm_classes)).softmax(-1)
+    return torch.log((1 - cfg.wm_unimix) * probs + cfg.wm_unimix / cfg.wm_classes)
+
+
+def mean_std(stats):
+    """Gaussian head [..., 2 Z] -> mean, std [..., Z]."""
+    mean, raw = stats.float().chunk(2, -1)
+    return mean, F.softplus(raw) + 0.1
+
+
+def sample_latent(stats, cfg):
+    """stats -> z [..., latent size], differentiable: reparametrised, or straight-through: sample + p - stop(p)."""
+    if cfg.wm_latent == "gaussian":
+        mean, std = mean_std(stats)
+        return mean + std * torch.randn_like(std)
+    logits = log_probs(stats, cfg)
+    gumbel = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-10, 1 - 1e-7)))
+    one_hot = torch.zeros_like(logits).scatter_(-1, (logits + gumbel).argmax(-1, keepdim=True), 1.0)  # [..., Z, C]
+    probs = logits.exp()
+    return (one_hot + probs - probs.detach()).flatten(-2)
+
+
+def kl_divergence(p, q, cfg):
+    """KL(p || q) summed over the latents: [...]"""
+    if cfg.wm_latent == "gaussian":
+        (m1, s1), (m2, s2) = mean_std(p), mean_std(q)
+        return (torch.log(s2 / s1) + (s1 ** 2 + (m1 - m2) ** 2) / (2 * s2 ** 2) - 0.5).sum(-1)
+    a, b = log_probs(p, cfg), log_probs(q, cfg)
+    return (a.exp() * (a - b)).sum((-1, -2))
+
+
+def balanced_kl(post, prior, cfg):
+    """DreamerV2, algorithm 2: move the prior towards the posterior faster than the posterior towards the prior."""
+    to_prior, to_post = kl_divergence(post.detach(), prior, cfg), kl_divergence(post, prior.detach(), cfg)
+    return cfg.wm_balance * to_prior.clamp(min=cfg.wm_free) + (1 - cfg.wm_balance) * to_post.clamp(min=cfg.wm_free)
+
+
+class WorldModel(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, z, e = cfg, latent_size(cfg), cfg.wm_embed
+        self.feature_size = cfg.wm_h + z + 7
+        self.codec = LinearCodec(cfg) if cfg.wm_encoder == "linear" else None
+        self.conv = ConvEncoder(cfg) if cfg.wm_encoder == "conv" else None
+        seen = self.codec.size if self.codec else self.conv.size
+        hidden = [2 * e] if self.codec else []              # the convolutions are deep enough
+        self.fuse = mlp([seen] + hidden + [e, e])           # image part of the embedding; proprioception is appended to it
+        self.embed_size = e + 15
+        self.inputs = nn.Sequential(nn.Linear(z + 14, cfg.wm_hidden), nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU())
+        self.gru = NormGRU(cfg.wm_hidden, cfg.wm_h)
+        self.prior = mlp([cfg.wm_h, cfg.wm_hidden, stats_size(cfg)])
+        self.post = mlp([cfg.wm_h + self.embed_size, cfg.wm_hidden, stats_size(cfg)])
+        self.decoder = ConvDecoder(cfg, cfg.wm_h + z) if self.conv else mlp([cfg.wm_h + z, 2 * e, 2 * e, self.codec.size])
+        self.proprio = mlp([cfg.wm_h + z, e, 15])
+
+    def embed(self, obs):
+        """obs: proprio [..., 15] and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E + 15]."""
+        if self.codec:
+            codes = obs["codes"] if "codes" in obs else self.codec.encode(obs["rgb_static"], obs["rgb_gripper"])
+            seen = self.codec.whiten(codes)
+        else:
+            seen = self.conv(obs["rgb_static"], obs["rgb_gripper"])
+        return torch.cat([self.fuse(seen), obs["proprio"]], -1)
+
+    def initial(self, batch, device):
+        return torch.zeros(batch, self.cfg.wm_h, device=device), torch.zeros(batch, latent_size(self.cfg), device=device)
+
+    def step(self, h, z, action, command):
+        """One transition: memory after `action` [B, 7] was given and the arm's target became `command` [B, 7]."""
+        return self.gru(self.inputs(torch.cat([z, action, command], -1)), h)                          # [B, h]
+
+    def rollout(self, embedding, action, command, context=None):
+        """Watch a sequence and, beside it, dream it.
+
+        embedding [B, T, E], action [B, T, 7] (executed before the frame), command [B, T, 7]; context: [B] number of frames that the
+        dreaming stream may watch before it closes its eyes, or None for no such stream.
+        Returns posterior features [B, T, F], (posteriors, priors) [B, T, S], dreamed features [B, T, F] or None."""
+        B, T = action.shape[:2]
+        streams = 1 if context is None else 2
+        h, z = self.initial(streams * B, action.device)
+        action, command2 = action.repeat(streams, 1, 1), command.repeat(streams, 1, 1)                # both streams in one batch
+        hs, zs, posts, priors = [], [], [], []
+        for t in range(T):
+            h = self.step(h, z, action[:, t], command2[:, t])
+            prior = self.prior(h)
+            post = self.post(torch.cat([h[:B], embedding[:, t]], -1))
+            z = sample_latent(post, self.cfg)
+            if streams == 2:
+                watching = (t < context)[:, None]                                                     # [B, 1]
+                dreamed = sample_latent(prior[B:], self.cfg)
+                h = torch.cat([h[:B], torch.where(watching, h[:B], h[B:])])
+                z = torch.cat([z, torch.where(watching, z, dreamed)])
+            hs.append(h), zs.append(z), posts.append(post), priors.append(prior[:B])
+        feature = torch.cat([torch.stack(hs, 1), torch.stack(zs, 1), command2], -1)                   # [streams * B, T, F]
+        return feature[:B], (torch.stack(posts, 1), torch.stack(priors, 1)), feature[B:] if streams == 2 else None
+
+    def tcp(self, feature):
+        """The TCP pose [..., 6] (m, rad) that the model believes in."""
+        return decode_pose(self.proprio(feature[..., :-7])[..., :6])
+
+    def image_error(self, feature, batch):
+        """Half the squared error summed over cameras, channels and pixels (-1..1), as a Gaussian likelihood has it: [B, T]."""
+        feature = feature[..., :-7]                                                                   # c is an input, not evidence
+        if self.codec:
+            return 0.5 * (self.decoder(feature) - batch["codes"]).square().sum(-1)
+        images = self.decoder(feature)
+        return sum(0.5 * (image - (batch[k].float() / 127.5 - 1)).square().sum((-1, -2, -3))
+                   for image, k in zip(images, ("rgb_static", "rgb_gripper")))
+
+    def images(self, feature):
+        """Decoded frames, u8 [..., S, S, 3] of both cameras."""
+        images = self.codec.decode(self.decoder(feature[..., :-7])) if self.codec else self.decoder(feature[..., :-7])
+        return [((i + 1) * 127.5).clamp(0, 255).to(torch.uint8) for i in images]
+
+
+def world_model_loss(wm, batch, cfg):
+    """DreamerV2's negative evidence bound, plus the same likelihood for frames that were dreamed instead of watched."""
+    B, T = batch["action"].shape[:2]
+    device = batch["action"].device
+    context = torch.randint(1, cfg.wm_context + 1, (B,), device=device) if cfg.wm_open else None
+    feature, (post, prior), dreamed = wm.rollout(wm.embed(batch), batch["action"], batch["command"], context)
+    kl = balanced_kl(post, prior, cfg).mean()
+    keep = max(1, round(T * cfg.wm_decode))                 # decode a random subset of the time steps
+    times = torch.randperm(T, device=device)[:keep]
+    seen = {k: v[:, times] for k, v in batch.items() if k in ("codes", "rgb_static", "rgb_gripper")}
+    def likelihood(f):
+        image = wm.image_error(f[:, times], seen)                                                     # [B, keep]
+        pose = 0.5 * (wm.proprio(f[..., :-7]) - batch["proprio"]).square().sum(-1)                     # [B, T]
+        return image, pose
+    image, pose = likelihood(feature)
+    loss = image.mean() + cfg.wm_kl * kl + cfg.wm_proprio * pose.mean()
+    metrics = dict(image=image.mean(), pose=pose.mean(), kl=kl)
+    if cfg.wm_open:
+        blind = torch.arange(T, device=device) >= context[:, None]                                    # [B, T]
+        image, pose = likelihood(dreamed)
+        image = (image * blind[:, times]).sum() / blind[:, times].sum().clamp(min=1)
+        pose = (pose * blind).sum() / blind.sum()
+        loss = loss + cfg.wm_open * (image + cfg.wm_proprio * pose)
+        metrics.update(open_image=image, open_pose=pose)
+    return loss, metrics
+
+
+class Recording:
+    """A dataset as the world model wants it: actions shifted by one, commanded poses, proprioception, and codes where the encoder is linear.
+
+    Frames stay on the host; batch() moves windows to the device."""
+
+    def __init__(self, cfg, dataset, wm=None):
+        self.cfg, self.ds = cfg, dataset
+        robot, actions = np.array(dataset["robot_obs"]), np.array(dataset["rel_actions"])
+        target = commanded_targets(robot, actions, dataset.episodes)                                  # [N, 6]
+        before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])                         # the action executed before the frame
+        first = dataset.episodes[:, 0]
+        before[first] = 0
+        gripper = before[:, 6:].copy()
+        gripper[first] = robot[first, 14:15]
+        self.target = torch.from_numpy(target)
+        self.action = torch.from_numpy(before)
+        self.command = encode_command(self.target, torch.from_numpy(gripper))
+        self.proprio = encode_proprio(torch.from_numpy(robot))
+        self.scene = np.array(dataset["scene_obs"])
+        self.codes = None
+        if wm is not None and wm.codec:
+            self.encode(wm)
+
+    @torch.no_grad()
+    def encode(self, wm):
+        device = wm.codec.static_mean.device
+        parts = []
+        for a in range(0, len(self.ds), 2000):
+            frames = [torch.from_numpy(np.array(self.ds[k][a:a + 2000])).to(device) for k in ("rgb_static", "rgb_gripper")]
+            parts.append(wm.codec.encode(*frames).cpu())
+        self.codes = torch.cat(parts)                                                                 # [N, k]
+
+    def batch(self, frames):
+        """frames [..., T] of frame numbers -> tensors on the device.  The first action of a window is erased: nothing came before it."""
+        frames = np.asarray(frames)
+        index, device = torch.from_numpy(frames), self.cfg.device
+        out = {k: getattr(self, k)[index].to(device) for k in ("action", "command", "proprio")}
+        out["action"][..., 0, :] = 0
+        if self.codes is not None:
+            out["codes"] = self.codes[index].to(device)
+        else:
+            for k in ("rgb_static", "rgb_gripper"):
+                out[k] = torch.from_numpy(self.ds[k][frames.reshape(-1)].reshape(*frames.shape, *self.ds[k].shape[1:])).to(device)
+        return out
+
+
+def commanded_targets(robot_obs, actions, episodes):
+    """Integrate the commands exactly as the simulator does: target[t+1] = advance(target[t], action[t], measured tcp[t]).  -> [N, 6] f32
+
+    All episodes advance together, one time step a loop."""
+    target = np.zeros((len(robot_obs), 6), np.float32)
+    first, lengths = episodes[:, 0], episodes[:, 1] - episodes[:, 0] + 1
+    target[first] = robot_obs[first, :6]
+    for t in range(lengths.max() - 1):
+        now = first[lengths > t + 1] + t
+        target[now + 1] = advance_target(target[now], actions[now], robot_obs[now, :6])
+    return target
+
+
+def eventful_windows(dataset, starts, length, seed):
+    """Score windows by how much the scene changes apart from the arm, from pixels and proprioception alone.  -> [W] score
+
+    The arm explains most of what moves in a frame.  We regress small frames on random features of its joint angles; what is left over
+    is the scene, and an event is a lasting step in it: the mean of the next frames against the mean of the last ones."""
+    rng = np.random.default_rng(seed)
+    images = np.asarray(dataset["rgb_static"])
+    n, s = len(images), images.shape[1]
+    small = np.empty((n, 3 * 256), np.float32)
+    for a in range(0, n, 4000):
+        block = images[a:a + 4000].reshape(-1, 16, s // 16, 16, s // 16, 3)
+        small[a:a + 4000] = block.mean((2, 4), dtype=np.float32).reshape(len(block), -1) / 127.5
+    joints = np.concatenate([np.array(dataset["robot_obs"])[:, 6:14], np.ones((n, 1), np.float32)], 1)
+    basis = np.maximum(0, joints @ rng.normal(size=(9, 512)).astype(np.float32))
+    basis = torch.from_numpy(np.concatenate([basis, np.ones((n, 1))], 1).astype(np.float32))
+    gram = basis.T @ basis + 1e-1 * torch.eye(513)
+    left = torch.from_numpy(small) - basis @ torch.linalg.solve(gram, basis.T @ torch.from_numpy(small))
+    total = torch.cat([torch.zeros(1, left.shape[1]), left.cumsum(0)])                                # prefix sums
+    width = min(8, length // 3)
+    mean = (total[width:] - total[:-width]) / width                                                   # mean[i] = frames i..i+width-1
+    first = torch.from_numpy(starts)
+    change = (mean[first + length - width] - mean[first]).square().amax(1)                            # [W] biggest lasting change of a pixel
+    return change.numpy()
+
+
+@torch.no_grad()
+def views(wm, recording, starts, length, last=None):
+    """Windows as the posterior sees them and as the prior dreams them from their first frame alone.
+
+    starts [W]; last [W] final frame of each window's episode (frames past it repeat it).  -> posterior, dreamed [W, T, F], frames [W, T]"""
+    frames = starts[:, None] + np.arange(length)
+    if last is not None:
+        frames = np.minimum(frames, last[:, None])
+    seen, dreamed = [], []
+    for block in np.array_split(frames, max(1, len(frames) // 128)):
+        batch = recording.batch(block)
+        context = torch.ones(len(block), device=wm.cfg.device)
+        feature, _, dream = wm.rollout(wm.embed(batch), batch["action"], batch["command"], context)
+        seen.append(feature), dreamed.append(dream)
+    return torch.cat(seen), torch.cat(dreamed), frames
+
+
+def probe_targets(recording, frames):
+    """What a probe should read from the features of these frames: the fixtures, and the TCP position in cm: [..., 8]"""
+    scene = torch.from_numpy(recording.scene[frames][..., list(report.PROBED.values())])
+    return torch.cat([scene, 100 * decode_pose(recording.proprio[torch.from_numpy(frames)][..., :6])[..., :3]], -1)
+
+
+def judge_world_model(cfg, wm, recording, replay):
+    """Held-out open-loop errors and the replay share, read by a linear probe that was fitted on training play only.
+
+    recording: the play; replay: demonstrations of all tasks that nothing is trained on.  -> tables for the report"""
+    rng = seed_everything(cfg.seed, "judge")
+    train_episodes, test_episodes = recording.ds.split(0.1)
+    length = min(73, cfg.play_episode - 1)
+    seen, dreamed, frames = views(wm, recording, rng.choice(window_starts(train_episodes, length), 300), length)
+    target = probe_targets(recording, frames).to(cfg.device)
+    probe = report.fit_probe(torch.cat([seen, dreamed]).flatten(0, 1), torch.cat([target, target]).flatten(0, 1))
+    _, dreamed, frames = views(wm, recording, rng.choice(window_starts(test_episodes, length), 400), length)
+    tables = dict(open_loop=report.open_loop_errors(report.read_probe(probe, dreamed).cpu(), probe_targets(recording, frames)),
+                  replay_share={}, replay_share_watched={})
+    for task in sorted({t for t, _, _ in replay.ds.segments}, key=list(TASKS).index):
+        segments = np.array([(a, b) for t, a, b in replay.ds.segments if t == task])
+        seen, dreamed, frames = views(wm, replay, segments[:, 0], int((segments[:, 1] - segments[:, 0]).max()) + 1, segments[:, 1])
+        column = list(report.PROBED.values()).index(TASKS[task].index)
+        truth = probe_targets(replay, frames)[..., column]
+        for name, feature in (("replay_share", dreamed), ("replay_share_watched", seen)):
+            tables[name][task] = report.share_of_change(report.read_probe(probe, feature)[..., column].cpu(), truth)
+    return tables
+
+
+# ======================================================================================================================
+# 4  Actor.  A diffusion policy turns noise into a chunk of H actions in K denoising steps (DDPM, eq. 11), conditioned on the
+#    world model's feature.  Cloning trains the denoiser to predict the noise that was added to a demonstrated chunk.  For
+#    PPO (section 7) each of the last K' steps is a Gaussian whose log-density we can write down; that is the whole trick of DPPO.
+#
+#        chunk_K ~ N(0, 1) -> ... -> chunk_K' -> ... -> chunk_1 -> chunk_0 = what is executed
+#                     frozen base net        fine-tuned net; chain[0..K'] is recorded
+# ======================================================================================================================
+
+def time_embedding(t, size=16):
+    """Sinusoids of the denoising step t [N] -> [N, size]."""
+    frequency = torch.exp(torch.arange(size // 2, device=t.device) * (-math.log(10000) / (size // 2 - 1)))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class TimeEmbedding(nn.Sequential):
+    def __init__(self, size=16):
+        super().__init__(nn.Linear(size, 2 * size), nn.Mish(), nn.Linear(2 * size, size))
+
+    def forward(self, t):
+        return super().forward(time_embedding(t))
+
+
+class MLPDenoiser(nn.Module):
+    """[chunk, time, feature] -> Linear -> one pre-activation residual block -> noise (DPPO's network)."""
+
+    def __init__(self, cfg, feature_size):
+        super().__init__()
+        flat, n = cfg.bc_chunk * 7, cfg.bc_hidden
+        self.time = TimeEmbedding()
+        self.first, self.l1, self.l2, self.last = nn.Linear(flat + 16 + feature_size, n), nn.Linear(n, n), nn.Linear(n, n), nn.Linear(n, flat)
+
+    def forward(self, x, t, feature):
+        """x [N, H, A], t [N], feature [N, F] -> predicted noise [N, H, A]"""
+        y = self.first(torch.cat([x.flatten(1), self.time(t), feature], -1))
+        y = y + self.l2(F.mish(self.l1(F.mish(y))))
+        return self.last(y).view_as(x)
+
+
+class FiLMBlock(nn.Module):
+    """Two convolutions over the chunk; time and feature scale and shift the channels between them."""
+
+    def __init__(self, a, b, condition):
+        super().__init__()
+        def conv(i, o):
+            return nn.Sequential(nn.Conv1d(i, o, 5, padding=2), nn.GroupNorm(8, o), nn.Mish())
+        self.c1, self.c2, self.film = conv(a, b), conv(b, b), nn.Sequential(nn.Mish(), nn.Linear(condition, 2 * b))
+        self.skip = nn.Conv1d(a, b, 1) if a != b else nn.Identity()
+
+    def forward(self, x, condition):
+        scale, shift = self.film(condition)[..., None].chunk(2, 1)                                    # [N, b, 1] each
+        return self.c2(self.c1(x) * (1 + scale) + shift) + self.skip(x)
+
+
+class UNetDenoiser(nn.Module):
+    """A 1-D convolutional UNet over the chunk's time axis, channels 64, 128, 256 (Diffusion Policy)."""
+
+    def __init__(self, cfg, feature_size):
+        super().__init__()
+        if cfg.bc_chunk % 4:
+            raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
+        c, n = 16 + feature_size, (64, 128, 256)
+        self.time = TimeEmbedding()
+        self.down = nn.ModuleList([FiLMBlock(7, n[0], c), FiLMBlock(n[0], n[1], c), FiLMBlock(n[1], n[2], c)])
+        self.halve = nn.ModuleList([nn.Conv1d(n[0], n[0], 3, 2, 1), nn.Conv1d(n[1], n[1], 3, 2, 1)])
+        self.up = nn.ModuleList([FiLMBlock(2 * n[1], n[1], c), FiLMBlock(2 * n[0], n[0], c)])
+        self.double = nn.ModuleList([nn.ConvTranspose1d(n[2], n[1], 4, 2, 1), nn.ConvTranspose1d(n[1], n[0], 4, 2, 1)])
+        self.last = nn.Conv1d(n[0], 7, 1)
+
+    def forward(self, x, t, feature):
+        condition, x = torch.cat([self.time(t), feature], -1), x.transpose(1, 2)                      # [N, 16 + F], [N, A, H]
+        a = self.down[0](x, condition)                                                                # [N, 64, H]
+        b = self.down[1](self.halve[0](a), condition)                                                 # [N, 128, H/2]
+        x = self.down[2](self.halve[1](b), condition)                                                 # [N, 256, H/4]
+        x = self.up[0](torch.cat([self.double[0](x), b], 1), condition)
+        x = self.up[1](torch.cat([self.double[1](x), a], 1), condition)
+        return self.last(x).transpose(1, 2)                                                           # [N, H, A]
+
+
+def gaussian_logprob(x, mean, std):
+    """Element-wise log-density, clamped to [-5, 2] as in DPPO, so that one outlier cannot own a ratio."""
+    return (-0.5 * ((x - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)).clamp(-5, 2)
+
+
+class DiffusionActor(nn.Module):
+    """net: the trainable denoiser.  base: its frozen copy, which makes the first K - K' steps and anchors fine-tuning."""
+
+    def __init__(self, cfg, feature_size):
+        super().__init__()
+        self.cfg, self.K, self.tuned = cfg, cfg.bc_steps, cfg.ft_steps
+        if not 1 <= self.tuned <= self.K:
+            raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {self.K}), not {self.tuned}")
+        build = MLPDenoiser if cfg.bc_net == "mlp" else UNetDenoiser
+        self.net = build(cfg, feature_size)
+        self.base = copy.deepcopy(self.net).requires_grad_(False)
+        self.links = self.tuned                             # Gaussian steps in a chain
+        i = torch.arange(self.K + 1, dtype=torch.float64) / self.K
+        f = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(0, 0.999)         # cosine schedule, in float64; t = 0 is the last, cleanest step
+        bar = torch.cumprod(1 - beta, 0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+        schedule = dict(signal=bar.sqrt(), noise=(1 - bar).sqrt(), coef_x0=beta * before.sqrt() / (1 - bar),
+                        coef_xt=(1 - before) * (1 - beta).sqrt() / (1 - bar), std=(beta * (1 - before) / (1 - bar)).clamp(min=1e-20).sqrt())
+        for name, value in schedule.items():
+            self.register_buffer(name, value.float(), persistent=False)
+
+    def bc_loss(self, feature, chunk):
+        """DDPM, eq. 14: predict the noise.  feature [N, F], chunk [N, H, A] -> scalar"""
+        t = torch.randint(0, self.K, (len(chunk),), device=chunk.device)
+        noise = torch.randn_like(chunk)
+        x = self.signal[t, None, None] * chunk + self.noise[t, None, None] * noise
+        return F.mse_loss(self.net(x, t, feature), noise)
+
+    def mean(self, net, x, t, feature):
+        """DDPM, eq. 7: mean of the chunk one step cleaner, with the guess of the clean chunk clipped to the action range.  x [N, H, A]"""
+        step = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
+        clean = (x - self.noise[step, None, None] * net(x, step, feature)) / self.signal[step, None, None]
+        return self.coef_x0[step, None, None] * clean.clamp(-1, 1) + self.coef_xt[step, None, None] * x
+
+    @torch.no_grad()
+    def sample_chain(self, feature, explore=True, frozen=False):
+        """feature [B, F] -> chain [B, K'+1, H, A]: what goes into the first fine-tuned step, then each step's output; [:, -1] is executed.
+
+        explore: std max(sigma, .1) and noise clipped to 3 std; otherwise 0 at t = 0, else max(sigma, 1e-3).  frozen: the base net all along."""
+        x = torch.randn(len(feature), self.cfg.bc_chunk, 7, device=feature.device)
+        chain = [x] if self.tuned == self.K else []
+        for t in reversed(range(self.K)):
+            mean = self.mean(self.base if frozen or t >= self.tuned else self.net, x, t, feature)
+            std = self.std[t].clamp(min=self.cfg.ft_std) if explore else self.std[t].clamp(min=1e-3) * (t > 0)
+            x = mean + std * torch.randn_like(x).clamp(-3, 3)
+            if t <= self.tuned:
+                chain.append(x)
+        return torch.stack(chain, 1)                                                                  # [B, K'+1, H, A]
+
+    def chain_logprob(self, feature, chain):
+        """Log-probability of every recorded step, AVERAGED over the chunk's numbers (summed, the clip range would be 28 times too tight).
+
+        feature [B, F], chain [B, K'+1, H, A] -> [B, K'].  Step j turns chain[j] into chain[j + 1] and is denoising step t = K' - 1 - j."""
+        B = len(chain)
+        t = torch.arange(self.tuned - 1, -1, -1, device=chain.device).repeat(B)                       # [B * K']
+        wide = feature[:, None].expand(-1, self.tuned, -1).flatten(0, 1)                              # [B * K', F]
+        mean = self.mean(self.net, chain[:, :-1].flatten(0, 1), t, wide)
+        std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]                                   # its own floor, also at t = 0
+        return gaussian_logprob(chain[:, 1:].flatten(0, 1), mean, std).mean((-1, -2)).view(B, self.tuned)
+
+    def act(self, feature, frozen=False):
+        """feature [B, F] -> the chunk to execute [B, H, A], nearly without exploration noise."""
+        return self.sample_chain(feature, explore=False, frozen=frozen)[:, -1]
+
+    @torch.no_grad()
+    def act_ddim(self, feature, steps=5):
+        """DDIM with eta = 0: the same nets in fewer, deterministic steps [B, H, A].  It has no density, so PPO cannot use it."""
+        x = torch.randn(len(feature), self.cfg.bc_chunk, 7, device=feature.device)
+        times = torch.linspace(self.K - 1, 0, steps).round().int().tolist()
+        for t, following in zip(times, times[1:] + [-1]):
+            net = self.base if t >= self.tuned else self.net
+            noise = net(x, torch.full((len(x),), t, device=x.device), feature)
+            clean = ((x - self.noise[t] * noise) / self.signal[t]).clamp(-1, 1)
+            noise = (x - self.signal[t] * clean) / self.noise[t]
+            x = clean if following < 0 else self.signal[following] * clean + self.noise[following] * noise
+        return x
+
+
+class GaussianActor(nn.Module):
+    """The plain alternative behind the same interface: one Gaussian a chunk, a chain with one link."""
+
+    def __init__(self, cfg, feature_size):
+        super().__init__()
+        self.cfg, self.links, n = cfg, 1, cfg.bc_hidden
+        self.net = mlp([feature_size, n, n, cfg.bc_chunk * 7], nn.Mish, norm=False)
+        self.base = copy.deepcopy(self.net).requires_grad_(False)
+
+    def mean(self, net, feature):
+        return torch.tanh(net(feature)).unflatten(-1, (self.cfg.bc_chunk, 7))                         # [B, H, A]
+
+    def bc_loss(self, feature, chunk):
+        return F.mse_loss(self.mean(self.net, feature), chunk)
+
+    @torch.no_grad()
+    def sample_chain(self, feature, explore=True, frozen=False):
+        mean = self.mean(self.base if frozen else self.net, feature)
+        return torch.stack([torch.zeros_like(mean), mean + explore * self.cfg.ft_std * torch.randn_like(mean).clamp(-3, 3)], 1)
+
+    def chain_logprob(self, feature, chain):
+        mean = self.mean(self.net, feature)
+        return gaussian_logprob(chain[:, 1], mean, torch.full_like(mean, self.cfg.ft_std)).mean((-1, -2))[:, None]   # [B, 1]
+
+    def act(self, feature, frozen=False):
+        return self.sample_chain(feature, explore=False, frozen=frozen)[:, -1]
+
+
+def build_actor(cfg, feature_size):
+    return (DiffusionActor if cfg.bc_actor == "diffusion" else GaussianActor)(cfg, feature_size).to(cfg.device)
+
+
+@torch.no_grad()
+def ema_update(average, net, decay, step):
+    """Moving average of the weights; the decay rises with the step, or a short training would return near-initial weights."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for a, b in zip(average.parameters(), net.parameters()):
+        a.lerp_(b, 1 - decay)
+
+
+def demonstration_views(wm, recording, segments, offsets=8, draws=2):
+    """Every moment of every demonstration, seen from starts every `offsets` frames earlier: as the posterior filters it and as the prior
+    dreams it.  A deployed policy starts from the zero state, a dreamed one sees prior features: it is cloned on what it will meet.
+
+    Returns feature, first feature of the same window [P, F], frame numbers [P], start frames [P]."""
+    starts = np.array([(s, b) for a, b in segments for s in range(a, b - 3, offsets)])
+    length = int((starts[:, 1] - starts[:, 0]).max()) + 1
+    feature, first, frame, start = [], [], [], []
+    for _ in range(draws):
+        seen, dreamed, frames = views(wm, recording, starts[:, 0], length, starts[:, 1])
+        inside = torch.from_numpy(starts[:, :1] + np.arange(length) <= starts[:, 1:])                 # [W, T]
+        for f in (seen, dreamed):
+            feature.append(f[inside.to(f.device)])
+            first.append(f[:, :1].expand_as(f)[inside.to(f.device)])
+            frame.append(frames[inside.numpy()])
+            start.append(np.broadcast_to(starts[:, :1], frames.shape)[inside.numpy()])
+    return torch.cat(feature), torch.cat(first), np.concatenate(frame), np.concatenate(start)
+
+
+# ======================================================================================================================
+# 5  Reward.  Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules compare now with the
+#    start ("the drawer has been closed by 12 cm"), so ours sees the pair (first feature, feature).  Demonstrations say what
+#    success looks like; play, unlabelled, says what everything else looks like, and that is what PPO will try to sell as success.
+# ======================================================================================================================
+
+class Classifier(nn.Module):
+    def __init__(self, cfg, feature_size):
+        super().__init__()
+        n = cfg.reward_hidden
+        self.embedding = mlp([2 * feature_size, n, n, 64], nn.ELU)
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, first, feature):
+        """first, feature [..., F] -> embedding [..., 64], logits [..., 2]"""
+        e = self.embedding(torch.cat([first, feature - first], -1))
+        return e, self.head(F.elu(e))
+
+    def success(self, first, feature):
+        """The reward: 1.0 where class 1 wins, else 0.0: [...]"""
+        return self(first, feature)[1].argmax(-1).float()
+
+
+def nt_xent(embedding, label, tau):
+    """Supervised contrastive loss (Khosla et al. 2020, eq. 2): pull same-class embeddings together.  embedding [N, D], label [N] -> scalar"""
+    z = F.normalize(embedding, dim=-1)
+    similarity = z @ z.T / tau                                                                        # [N, N]
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logp = similarity - torch.logsumexp(similarity.masked_fill(own, -torch.inf), 1, keepdim=True)
+    positive = (label[:, None] == label[None]) & ~own
+    return -((logp * positive).sum(1) / (positive.sum(1) + 1e-10)).mean()
+
+
+def classifier_loss(model, first, feature, label, weight, cfg):
+    embedding, logits = model(first, feature)
+    entropy = (F.cross_entropy(logits, label, reduction="none") * weight).sum() / weight.sum()
+    contrast = nt_xent(embedding, label, cfg.reward_tau)
+    return contrast + cfg.reward_ce * entropy, dict(contrast=contrast, entropy=entropy)
+
+
+# ======================================================================================================================
+# 6  Dream.  A world model is an environment: reset() returns features, step() takes chunks.  Nothing here, or in the next
+#    section, touches a simulator.  Finished dreams start again at once from another recorded frame.
+# ======================================================================================================================
+
+class DreamEnv:
+    """B imagined arms.  reset() -> feature [B, F]; step(chunk [B, H, A]) -> feature, reward, terminated, truncated, final.
+
+    `feature` belongs to the restarted dream where one ended; `final` is always the true next feature, for the bootstrap."""
+
+    def __init__(self, cfg, wm, classifier, embedding, command, target, dreams, horizon):
+        """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from, on the device."""
+        self.cfg, self.wm, self.classifier, self.B, self.horizon = cfg, wm, classifier, dreams, horizon
+        self.bank = (embedding, command, target)
+
+    def draw(self, n):
+        """Fresh starts: the zero state, one recorded frame, the posterior."""
+        index = torch.randint(0, len(self.bank[0]), (n,), device=self.bank[0].device)
+        embedding, command, target = (x[index] for x in self.bank)
+        h, z = self.wm.initial(n, embedding.device)
+        h = self.wm.step(h, z, torch.zeros_like(command), command)
+        z = sample_latent(self.wm.post(torch.cat([h, embedding], -1)), self.cfg)
+        state = dict(h=h, z=z, command=command, target=target)
+        return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]))
+
+    @torch.no_grad()
+    def reset(self):
+        self.state = self.draw(self.B)
+        return self.state["first"]
+
+    @torch.no_grad()
+    def step(self, chunk):
+        first, age, now = self.state["first"], self.state["age"] + 1, self.state
+        for action in executed(chunk).unbind(1):
+            now = dream_step(self.wm, now, action)
+        final = feature_of(now)                                                                       # [B, F]
+        reward = self.classifier.success(first, final)
+        terminated = reward > 0
+        truncated = (age >= self.horizon) & ~terminated
+        new, now, done = self.draw(len(chunk)), dict(now, first=first, age=age), terminated | truncated
+        self.state = {k: torch.where(done[:, None] if v.dim() > 1 else done, new[k], v) for k, v in now.items()}
+        return feature_of(self.state), reward, terminated, truncated, final
+
+
+def feature_of(state):
+    return torch.cat([state["h"], state["z"], state["command"]], -1)                                  # [B, F]
+
+
+def dream_step(wm, state, action):
+    """One imagined step: integrate the command as the simulator does, then memory, then a guess from the prior.  action [B, 7] -> state"""
+    tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else state["target"]
+    target = advance_target(state["target"], action, tcp)
+    command = encode_command(target, action[:, 6:])
+    h = wm.step(state["h"], state["z"], action, command)
+    return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
+
+
+def executed(action):
+    """What the arm receives for a policy's numbers [..., 7]: clipped to [-1, 1], the gripper binary, in dreams as on the robot."""
+    grip = torch.where(action[..., 6:] >= 0, 1.0, -1.0)
+    return torch.cat([action[..., :6].clamp(-1, 1), grip], -1)
+
+
+# ======================================================================================================================
+# 7  PPO through the chain (DPPO).  One decision of the dream, a chunk, is K' small decisions, the denoising steps; each gets
+#    the chunk's advantage, discounted by how many steps are left to clean it.  Four things to get right: average the log-probs,
+#    give noisy steps a tighter clip, bootstrap a cut dream from its own last feature, and stay close to what was cloned.
+# ======================================================================================================================
+
+def gae(reward, value, next_value, terminated, truncated, gamma, lam):
+    """Generalised advantage estimation over chunks (arXiv 1506.02438, eq. 16), everything [T, B]; next_value belongs to the true next
+    feature, so a truncated dream bootstraps from its own end, and the trace is cut at every end.  -> advantage, return [T, B]
+
+    DPPO's code lets the trace run on through a truncation; there the next state is another episode's."""
+    advantage, trace = torch.zeros_like(reward), torch.zeros_like(reward[0])
+    for t in reversed(range(len(reward))):
+        delta = reward[t] + gamma * next_value[t] * ~terminated[t] - value[t]
+        trace = delta + gamma * lam * trace * ~(terminated[t] | truncated[t])
+        advantage[t] = trace
+    return advantage, advantage + value
+
+
+def clip_schedule(cfg, links, device):
+    """epsilon for each of the K' steps [K'], from ft_clip_first at the noisiest to ft_clip at the last, exponentially."""
+    x = torch.arange(links, device=device) / max(links - 1, 1) if links > 1 else torch.ones(1, device=device)
+    return cfg.ft_clip_first + (cfg.ft_clip - cfg.ft_clip_first) * (torch.exp(3 * x) - 1) / (math.exp(3) - 1)
+
+
+class RewardScaler(nn.Module):
+    """Divides rewards by the running std of the discounted return, clipped to +-10; state lives in buffers, so it is saved and resumed."""
+
+    def __init__(self, dreams):
+        super().__init__()
+        for name, value in dict(ret=torch.zeros(dreams), mean=torch.zeros(()), var=torch.ones(()), count=torch.tensor(1e-4)).items():
+            self.register_buffer(name, value)
+
+    def forward(self, reward, ended_before, gamma):
+        """reward [T, B]; ended_before [T, B]: the dream had just restarted -> scaled reward [T, B]"""
+        returns = []
+        for r, first in zip(reward, ended_before):
+            self.ret = r + gamma * self.ret * ~first
+            returns.append(self.ret)
+        x = torch.stack(returns)
+        delta, n = x.mean() - self.mean, x.numel()
+        total = self.count + n
+        spread = self.var * self.count + x.var(correction=0) * n + delta ** 2 * self.count * n / total
+        self.mean, self.var, self.count = self.mean + delta * n / total, spread / total, total
+        return (reward / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+@torch.no_grad()
+def dream_rollout(cfg, env, feature, actor, critic):
+    """ft_chunks steps of every dream -> tensors [T, B, ...] and the feature to go on from."""
+    rows = []
+    for _ in range(cfg.ft_chunks):
+        chain = actor.sample_chain(feature)
+        following, reward, terminated, truncated, final = env.step(chain[:, -1])
+        rows.append(dict(feature=feature, chain=chain, reward=reward, terminated=terminated, truncated=truncated,
+                         logprob=actor.chain_logprob(feature, chain), value=critic(feature)[:, 0], next_value=critic(final)[:, 0]))
+        feature = following
+    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, feature
+
+
+def ppo_loss(cfg, actor, critic, b):
+    """DPPO, eq. 11.  b: a minibatch with feature [N, F], chain [N, K'+1, H, A], logprob [N, K'], advantage, return [N], anchor (chains of the
+    frozen policy).  -> loss, diagnostics"""
+    links = actor.links
+    left = torch.arange(links - 1, -1, -1, device=b["feature"].device)                                # steps left to clean: K'-1 .. 0
+    advantage = b["advantage"][:, None] * cfg.ft_gamma_denoise ** left                                # [N, K']
+    log_ratio = actor.chain_logprob(b["feature"], b["chain"]) - b["logprob"]
+    ratio, clip = log_ratio.exp(), clip_schedule(cfg, links, left.device)
+    policy = -torch.min(advantage * ratio, advantage * torch.clamp(ratio, 1 - clip, 1 + clip)).mean()
+    value = F.mse_loss(critic(b["feature"])[:, 0], b["return"])
+    anchor = -actor.chain_logprob(b["feature"], b["anchor"]).mean() if cfg.ft_bc else torch.zeros_like(policy)
+    metrics = dict(policy=policy, value=value, anchor=anchor, kl=(ratio - 1 - log_ratio).mean(),
+                   clipped=((ratio - 1).abs() > clip).float().mean())
+    return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
+
+
+def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, train_actor):
+    """Dream, then learn from it.  -> feature and ended [B] to go on from, diagnostics"""
+    roll, feature = dream_rollout(cfg, env, feature, actor, critic)
+    over = roll["terminated"] | roll["truncated"]
+    before = torch.cat([ended[None], over[:-1]])
+    reward = scaler(roll["reward"], before, cfg.ft_gamma)
+    advantage, returns = gae(reward, roll["value"], roll["next_value"], roll["terminated"], roll["truncated"], cfg.ft_gamma, cfg.ft_lambda)
+    data = dict(feature=roll["feature"], chain=roll["chain"], logprob=roll["logprob"], advantage=(advantage - advantage.mean()) / (advantage.std() + 1e-8))
+    data["return"] = returns
+    data = {k: v.flatten(0, 1) for k, v in data.items()}                                              # [T * B, ...]
+    if cfg.ft_bc:
+        data["anchor"] = actor.sample_chain(data["feature"], frozen=True)
+    n, history = len(data["feature"]), []
+    for _ in range(cfg.ft_epochs):
+        for index in torch.randperm(n, device=data["feature"].device).chunk(cfg.ft_minibatches):
+            loss, metrics = ppo_loss(cfg, actor, critic, {k: v[index] for k, v in data.items()})
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizers["critic"].step()
+            if train_actor:
+                optimizers["actor"].step()
+            history.append(metrics)
+    out = {k: torch.stack([m[k].detach() for m in history]).mean() for k in history[0]}
+    out["explained"] = 1 - (returns - roll["value"]).var() / (returns.var() + 1e-8)
+    out["dream_success"] = roll["terminated"].sum() / over.sum().clamp(min=1)
+    return feature, over[-1], out
+
+
+# ======================================================================================================================
+# 8  Agent.  World model and actor as one object, the one a robot would run: it filters every frame with the action that led to
+#    it, and every H steps asks the actor for a new chunk.  Evaluation runs this object and nothing else.
+# ======================================================================================================================
+
+class Agent:
+    """B robots in lock step.  reset(B); act(obs) -> actions [B, 7] with obs a dict of stacked observations."""
+
+    def __init__(self, cfg, wm, actor, frozen=False):
+        self.cfg, self.wm, self.actor, self.frozen = cfg, wm, actor, frozen
+
+    def reset(self, batch):
+        self.h, self.z = self.wm.initial(batch, self.cfg.device)
+        self.action, self.target, self.queue = torch.zeros(batch, 7, device=self.cfg.device), None, []
+
+    @torch.no_grad()
+    def observe(self, obs):
+        """Filter one frame: rgb_static, rgb_gripper [B, S, S, 3] u8, robot_obs [B, 15] -> feature [B, F]"""
+        obs = {k: torch.as_tensor(np.stack(obs[k])).to(self.cfg.device) for k in ("rgb_static", "rgb_gripper", "robot_obs")}
+        tcp, gripper = obs["robot_obs"][:, :6], obs["robot_obs"][:, 14:]
+        if self.target is None:
+            self.target, command = tcp, encode_command(tcp, gripper)
+        else:
+            self.target = advance_target(self.target, self.action, self.tcp)
+            command = encode_command(self.target, self.action[:, 6:])
+        self.tcp = tcp
+        obs["proprio"] = encode_proprio(obs["robot_obs"])
+        self.h = self.wm.step(self.h, self.z, self.action, command)
+        self.z = sample_latent(self.wm.post(torch.cat([self.h, self.wm.embed(obs)], -1)), self.cfg)
+        self.state = dict(h=self.h, z=self.z, command=command, target=self.target)
+        return feature_of(self.state)
+
+    def act(self, obs):
+        feature = self.observe(obs)
+        if not self.queue:
+            self.queue = list(self.actor.act(feature, frozen=self.frozen).unbind(1))                  # H actions [B, 7]
+        self.action = executed(self.queue.pop(0))
+        return self.action.cpu().numpy()
+
+
+class SimEnv:
+    """The same interface as DreamEnv over real simulators: its PPO is the online rival DPPO, with the world model as encoder."""
+
+    def __init__(self, cfg, wm, sims, seed):
+        self.cfg, self.wm, self.sims, self.horizon, self.filter = cfg, wm, sims, cfg.ft_horizon, Agent(cfg, wm, None)
+        self.rng = np.random.default_rng(seed)
+
+    def reset(self):
+        self.obs = [sim.reset(*calvin_sim.sample_start(self.cfg.task, self.rng)) for sim in self.sims]
+        self.start, self.age = [o["scene_obs"] for o in self.obs], np.zeros(len(self.sims), int)
+        self.filter.reset(len(self.sims))
+        return self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
+
+    def step(self, chunk):
+        device, done = chunk.device, np.zeros(len(self.sims), bool)
+        for k in range(chunk.shape[1]):
+            self.filter.action = executed(chunk[:, k])
+            for i, sim in enumerate(self.sims):
+                if not done[i]:
+                    self.obs[i] = sim.step(self.filter.action[i].cpu().numpy())
+                    done[i] = calvin_sim.success(self.cfg.task, self.start[i], self.obs[i]["scene_obs"])
+            final = self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
+        self.age += 1
+        truncated, feature = (self.age >= self.horizon) & ~done, final.clone()
+        for i in np.flatnonzero(done | truncated):
+            self.obs[i] = self.sims[i].reset(*calvin_sim.sample_start(self.cfg.task, self.rng))
+            self.start[i], self.age[i] = self.obs[i]["scene_obs"], 0
+            single = Agent(self.cfg, self.filter.wm, None)
+            single.reset(1)
+            feature[i] = single.observe({k: [v] for k, v in self.obs[i].items()})[0]
+            for name in ("h", "z", "action", "target", "tcp"):
+                getattr(self.filter, name)[i] = getattr(single, name)[0]
+        flags = [torch.from_numpy(x).to(device) for x in (done, truncated)]
+        return feature, flags[0].float(), *flags, final
+
+
+def evaluation_job(job):
+    """One simulator process: run the agent from the given start seeds, 16 simulators in lock step.  -> list of episodes, see run_episodes"""
+    cfg, policy, seeds, record = Config(**job["cfg"]), job["policy"], job["seeds"], job["record"]
+    torch.set_num_threads(1)
+    cfg.device = "cpu"
+    wm, actor, classifier = load_policy(cfg, policy)
+    agent, results = Agent(cfg, wm, actor, frozen=policy == "bc"), []
+    sims = [calvin_sim.Tabletop(cfg.image_size) for _ in range(min(16, len(seeds)))]
+    for a in range(0, len(seeds), len(sims)):
+        group = seeds[a:a + len(sims)]
+        seed_everything("evaluate", group[0])
+        results += run_episodes(cfg, agent, classifier, sims[:len(group)], group, record if a == 0 else 0)
+    for sim in sims:
+        sim.close()
+    return results
+
+
+def run_episodes(cfg, agent, classifier, sims, seeds, record=0):
+    """An episode a seed -> [dict(seed, success, steps, truth, real, dream: verdicts at chunk ends, dreamed_success, frames of the first few)]."""
+    B, H = len(sims), cfg.bc_chunk
+    obs = [sim.reset(*calvin_sim.sample_start(cfg.task, np.random.default_rng(seed))) for sim, seed in zip(sims, seeds)]
+    start, solved, steps = np.stack([o["scene_obs"] for o in obs]), np.zeros(B, bool), np.full(B, cfg.eval_steps)
+    frames, real, truth, actions = [[] for _ in range(B)], [], [], []
+    agent.reset(B)
+    for t in range(cfg.eval_steps + 1):
+        action = agent.act({k: [o[k] for o in obs] for k in obs[0]})
+        if t == 0:
+            begin, first = agent.state, feature_of(agent.state)
+        elif t % H == 0:
+            real.append(classifier.success(first, feature_of(agent.state)).numpy()), truth.append(solved.copy())
+        for i in range(min(B, record)):
+            if not frames[i] or steps[i] >= t:
+                frames[i].append(np.concatenate([obs[i]["rgb_static"], obs[i]["rgb_gripper"]], 1))
+        if t == cfg.eval_steps or solved.all() and t % H == 0:
+            break
+        actions.append(torch.from_numpy(action))
+        for i in np.flatnonzero(~solved):
+            obs[i] = sims[i].step(action[i])
+            if calvin_sim.success(cfg.task, start[i], obs[i]["scene_obs"]):
+                solved[i], steps[i] = True, t + 1
+    dream = replay_in_dream(agent.wm, classifier, begin, first, torch.stack(actions, 1), H)
+    dreamed = dream_on(cfg, agent, classifier, begin, first)
+    real, truth, ends = np.stack(real, 1), np.stack(truth, 1), -(-steps // H)                         # [B, T / H]
+    cut = lambda x, i: [int(v) for v in x[i, :ends[i]]]
+    return [dict(seed=int(seeds[i]), success=bool(solved[i]), steps=int(steps[i]), truth=cut(truth, i), real=cut(real, i), dream=cut(dream, i),
+                 dreamed_success=bool(dreamed[i]), frames=frames[i]) for i in range(B)]
+
+
+@torch.no_grad()
+def replay_in_dream(wm, classifier, state, first, actions, chunk):
+    """Replay executed actions [B, T, 7] in the dream from the agent's first state: the classifier's verdicts at chunk ends [B, T / H]."""
+    verdicts = []
+    for t, action in enumerate(actions.unbind(1)):
+        state = dream_step(wm, state, action)
+        if (t + 1) % chunk == 0:
+            verdicts.append(classifier.success(first, feature_of(state)))
+    return torch.stack(verdicts, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def dream_on(cfg, agent, classifier, state, first):
+    """The policy itself in the dream, from the agent's first state: does the dream believe in its success?  [B]"""
+    solved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+    for _ in range(cfg.eval_steps // cfg.bc_chunk):
+        for action in executed(agent.actor.act(feature_of(state), frozen=agent.frozen)).unbind(1):
+            state = dream_step(agent.wm, state, action)
+        solved |= classifier.success(first, feature_of(state)) > 0
+    return solved.cpu().numpy()
+
+
+def evaluate(cfg, policy, seeds, record=0):
+    """Success in the simulator of one policy ("bc", "tuned", or a snapshot's iteration) from the start states of the seeds."""
+    plain = dataclasses.asdict(cfg)
+    jobs = [dict(cfg=plain, policy=policy, seeds=list(part), record=record * (i == 0)) for i, part in enumerate(np.array_split(seeds, cfg.workers))]
+    return [r for part in in_processes(cfg, evaluation_job, [j for j in jobs if j["seeds"]], f"eval {policy}") for r in part]
+
+
+# ======================================================================================================================
+# 9  Stages.  Each reads earlier results, writes its own, and can be run alone.
+# ======================================================================================================================
+
+def in_processes(cfg, function, jobs, name):
+    """Yield function(job) for all jobs, in their order, from cfg.workers processes, with a progress line."""
+    progress = Progress(name, len(jobs))
+    with multiprocessing.get_context("spawn").Pool(min(cfg.workers, len(jobs))) as pool:
+        for i, result in enumerate(pool.imap(function, jobs)):
+            progress(i + 1)
+            yield result
+
+
+def record_job(job):
+    """One simulator process records one episode to a file, unless it is there already."""
+    if not multiprocessing.parent_process().is_alive():     # killed: leave the files to the run that resumes
+        os._exit(1)
+    path, kind, seed, size, length = Path(job["path"]), job["kind"], job["seed"], job["size"], job["length"]
+    if not path.exists():
+        sim = record_job.__dict__.setdefault("sim", None) or calvin_sim.Tabletop(size)               # one simulator a process
+        record_job.sim = sim
+        if kind == "play":
+            episode, solved = calvin_sim.play_episode(sim, seed, length), True
+        else:
+            episode, solved = calvin_sim.demo_episode(sim, kind, seed)
+        save_part(path, dict(episode, solved=np.array(solved)))
+    with np.load(path) as part:
+        return bool(part["solved"]), len(part["rel_actions"])
+
+
+def record(cfg, folder, jobs, wanted, name):
+    """Record jobs = [(kind, seed, length)] until `wanted` of them are solved; returns the files of the first ones that are, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [dict(path=str(folder / f"{kind}_{seed}.npz"), kind=kind, seed=seed, size=cfg.image_size, length=length) for kind, seed, length in jobs]
+    good = []
+    for job, (solved, length) in zip(todo, in_processes(cfg, record_job, todo, name)):
+        good += [(job["path"], job["kind"], length)] if solved else []
+        if len(good) == wanted:
+            break
+    if len(good) < wanted:
+        raise InputError(f"the scripted expert solved only {len(good)} of {len(jobs)} starts of {name}, {wanted} are needed: check with 'python calvin_sim.py check'")
+    return good
+
+
+def versions(cfg):
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
+    return dict(torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), device=cfg.device, sim=cfg.sim,
+                renderer="PyBullet TinyRenderer (CPU)", commit=commit.stdout.strip() if commit and commit.returncode == 0 else "unknown")
+
+
+def stage_play(cfg):
+    """Task-agnostic play for the world model, and demonstrations of all eight tasks that only ever judge it."""
+    folder, n = output(cfg, "play"), max(10, cfg.play_frames // cfg.play_episode)
+    meta = dict(source="built-in tabletop", stamp=stamp(cfg, "play"), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
+    parts = folder.with_name("play.parts")
+    base = 1_000_000 * (cfg.seed + 1)                       # demonstrations, play, judges and evaluation never share a seed
+    replay = []
+    for i, task in enumerate(TASKS):
+        seeds = [(task, base + 500_000 + 1000 * i + k, 0) for k in range(2 * cfg.play_replay + 4)]
+        replay += record(cfg, parts, seeds, cfg.play_replay, f"judge {task[:8]}")
+    pack([p for p, _, _ in replay], folder.with_name("replay"), dict(meta), [(t, 0, n - 1) for _, t, n in replay])
+    play = record(cfg, parts, [("play", base + k, cfg.play_episode) for k in range(n)], n, "play")
+    pack([p for p, _, _ in play], folder, meta)
+    shutil.rmtree(parts)
+
+
+def stage_demos(cfg):
+    """Demonstrations of the task by the scripted expert."""
+    folder = output(cfg, "demos")
+    parts, base = folder.with_name(folder.name + ".parts"), 1_000_000 * (cfg.seed + 1) + 700_000 + 10_000 * list(TASKS).index(cfg.task)
+    good = record(cfg, parts, [(cfg.task, base + k, 0) for k in range(2 * cfg.demo_count + 10)], cfg.demo_count, "demos")
+    meta = dict(source="built-in tabletop", stamp=stamp(cfg, "demos"), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
+    pack([p for p, _, _ in good], folder, meta, [(t, 0, n - 1) for _, t, n in good])
+    shutil.rmtree(parts)
+
+
+def load_world_model(cfg, content=None):
+    wm = WorldModel(cfg).to(cfg.device)
+    wm.load_state_dict((content or load(cfg, "wm"))["model"])
+    return wm.eval().requires_grad_(False)
+
+
+def stage_wm(cfg):
+    """Train the world model on play, then judge it on held-out play and on the demonstrations of all tasks."""
+    dataset = load(cfg, "play")
+    seed_everything(cfg.seed, "wm", "init")
+    wm = WorldModel(cfg).to(cfg.device)
+    if wm.codec:
+        pick = np.sort(np.random.default_rng(cfg.seed).choice(len(dataset), min(5000, len(dataset)), replace=False))
+        for name in ("static", "gripper"):
+            wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"][pick]).to(cfg.device))
+    recording = Recording(cfg, dataset, wm)
+    episodes, _ = dataset.split(0.1)
+    starts = window_starts(episodes, cfg.wm_length)
+    score = eventful_windows(dataset, starts, cfg.wm_length, cfg.seed) if cfg.wm_events else None
+    weights = np.ones(len(starts)) / len(starts)
+    if cfg.wm_events:                                       # the upper quarter of the windows, where something lasting happened
+        top = score >= np.quantile(score, 0.75)
+        weights = (1 - cfg.wm_events) * weights + cfg.wm_events * top / top.sum()
+    cumulative = weights.cumsum()
+    optimizer = torch.optim.AdamW([p for p in wm.parameters()], lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
+
+    def update(i, rng):
+        cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
+        first = starts[np.searchsorted(cumulative, rng.random(cfg.wm_batch) * cumulative[-1])]
+        loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + np.arange(cfg.wm_length)), cfg)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        metrics["norm"] = nn.utils.clip_grad_norm_(wm.parameters(), cfg.wm_clip)
+        optimizer.step()
+        return metrics
+
+    partial = train(cfg, "wm", cfg.wm_updates, dict(model=wm, optimizer=optimizer), update)
+    wm.eval().requires_grad_(False)
+    replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
+    judged = judge_world_model(cfg, wm, recording, replay)
+    print("  replay share " + "  ".join(f"{t} {s:.2f}" for t, s in judged["replay_share"].items()))
+    save(output(cfg, "wm"), dict(stamp=stamp(cfg, "wm"), model=wm.state_dict(), judged=judged))
+    partial.unlink(missing_ok=True)
+
+
+def stage_bc(cfg):
+    """Clone the demonstrations."""
+    wm, dataset = load_world_model(cfg), load(cfg, "demos")
+    recording = Recording(cfg, dataset, wm)
+    seed_everything(cfg.seed, "bc", cfg.task, "init")
+    feature, _, frame, _ = demonstration_views(wm, recording, [(a, b) for _, a, b in dataset.segments])
+    chunks = torch.from_numpy(action_chunks(np.array(dataset["rel_actions"]), dataset.episodes, cfg.bc_chunk)).to(cfg.device)
+    frame = torch.from_numpy(frame).to(cfg.device)
+    actor = build_actor(cfg, wm.feature_size)
+    optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.bc_lr, weight_decay=1e-6)
+
+    def update(i, rng):
+        cosine_lr(optimizer, cfg.bc_lr, i, cfg.bc_updates)
+        index = torch.randint(0, len(feature), (cfg.bc_batch,), device=cfg.device)
+        loss = actor.bc_loss(feature[index], chunks[frame[index]])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        ema_update(actor.base, actor.net, cfg.bc_ema, i)
+        return dict(loss=loss)
+
+    partial = train(cfg, "bc", cfg.bc_updates, dict(actor=actor, optimizer=optimizer), update, every=50)
+    actor.net.load_state_dict(actor.base.state_dict())      # the moving average is what acts, and where fine-tuning starts
+    save(output(cfg, "bc"), dict(stamp=stamp(cfg, "bc"), actor=actor.state_dict()))
+    partial.unlink(missing_ok=True)
+
+
+def stage_reward(cfg):
+    """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
+    wm, demos = load_world_model(cfg), load(cfg, "demos")
+    recording = Recording(cfg, demos, wm)
+    rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
+    feature, first, frame, start = demonstration_views(wm, recording, [(a, b) for _, a, b in demos.segments])
+    label = torch.from_numpy(calvin_sim.success(cfg.task, recording.scene[start], recording.scene[frame])).to(cfg.device)
+    groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
+    if cfg.reward_labels != "demos":
+        play = Recording(cfg, load(cfg, "play"), wm)
+        length = min(cfg.eval_steps + 1, cfg.play_episode)
+        seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split(0.1)[0], length), min(1500, 50 * cfg.demo_count)), length)
+        pick = rng.integers(1, length, (len(frames), 12))                                             # 12 moments a window
+        rows, known = np.arange(len(frames))[:, None], calvin_sim.success(cfg.task, play.scene[frames[:, :1]], play.scene[frames])
+        happened = torch.from_numpy(known[rows, pick].ravel()).to(cfg.device)
+        for f in (seen, dreamed):
+            now, then = f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1), f[:, :1].expand(-1, 12, -1).flatten(0, 1)
+            if cfg.reward_labels == "predicate":
+                groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
+            else:
+                groups.append((then, now, 2))               # 2: unlabelled, taken for a failure with less weight
+    first, feature = torch.cat([g[0] for g in groups]), torch.cat([g[1] for g in groups])
+    kind = torch.cat([torch.full((len(g[0]),), g[2], device=cfg.device) for g in groups])
+    pools = [torch.nonzero(kind == k)[:, 0] for k in range(3) if (kind == k).any()]
+    model = Classifier(cfg, wm.feature_size).to(cfg.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
+
+    def update(i, rng):
+        index = torch.cat([p[torch.randint(0, len(p), (128,), device=cfg.device)] for p in pools])
+        k = kind[index]
+        weight = torch.where(k == 2, cfg.reward_play, 1.0)
+        loss, metrics = classifier_loss(model, first[index], feature[index], (k == 1).long(), weight, cfg)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return metrics
+
+    partial = train(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), update, every=50)
+    save(output(cfg, "reward"), dict(stamp=stamp(cfg, "reward"), model=model.state_dict()))
+    partial.unlink(missing_ok=True)
+
+
+def stage_finetune(cfg):
+    """DiWA: PPO in the dream.  Reads recordings and checkpoints, steps no simulator."""
+    seed_everything(cfg.seed, "finetune", cfg.task, "init")
+    wm, actor, classifier = load_policy(cfg, "bc")
+    demos = load(cfg, "demos")
+    recording = Recording(cfg, demos, wm)
+    frames = np.concatenate([np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.segments])
+    batch = recording.batch(frames[:, None])
+    with torch.no_grad():
+        bank = wm.embed(batch)[:, 0], batch["command"][:, 0], recording.target[torch.from_numpy(frames)].to(cfg.device)
+    finetune(cfg, DreamEnv(cfg, wm, classifier, *bank, cfg.ft_dreams, cfg.ft_horizon), actor.train())
+
+
+def finetune(cfg, env, actor):
+    """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO)."""
+    critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
+    scaler = RewardScaler(cfg.ft_dreams).to(cfg.device)
+    optimizers = dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr), critic=torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr))
+    snapshots = Snapshots()
+
+    def update(i, rng):
+        # dreams restart with each iteration, so that an iteration depends on nothing that a resumed run would not have
+        feature = env.reset()
+        ended = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
+        _, _, metrics = ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, i >= cfg.ft_warmup)
+        if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == cfg.ft_iterations:
+            snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
+        return metrics
+
+    partial = train(cfg, "finetune", cfg.ft_iterations, dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots,
+                    actor_optimizer=optimizers["actor"], critic_optimizer=optimizers["critic"]), update, every=1)
+    save(output(cfg, "finetune"), dict(stamp=stamp(cfg, "finetune"), actor=actor.state_dict(), snapshots=dict(snapshots)))
+    partial.unlink(missing_ok=True)
+
+
+class Snapshots(dict):
+    """{iteration: denoiser weights}, saved and resumed with the rest."""
+
+    def state_dict(self):
+        return dict(self)
+
+    def load_state_dict(self, content):
+        self.update(content)
+
+
+def load_policy(cfg, policy):
+    """World model, actor and classifier; policy: "bc", "tuned" or the iteration of a snapshot."""
+    wm = load_world_model(cfg)
+    actor, classifier = build_actor(cfg, wm.feature_size), Classifier(cfg, wm.feature_size).to(cfg.device)
+    classifier.load_state_dict(load(cfg, "reward")["model"])
+    if policy == "bc":
+        actor.load_state_dict(load(cfg, "bc")["actor"])
+    else:
+        tuned = load(cfg, "finetune")
+        actor.load_state_dict(tuned["actor"])
+        if policy != "tuned":
+            actor.net.load_state_dict(tuned["snapshots"][policy])
+    return wm, actor.eval(), classifier.eval()
+
+
+def stage_eval(cfg):
+    """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
+    base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(TASKS).index(cfg.task)
+    seeds, curve_seeds = base + np.arange(cfg.eval_episodes), base + 5000 + np.arange(cfg.eval_curve)
+    results, curve = {}, {}
+    for policy, name in (("bc", "before"), ("tuned", "after")):
+        results[policy] = evaluate(cfg, policy, seeds, record=2)
+        report.gif(output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif"), [f for r in results[policy] for f in r.pop("frames")])
+    for policy in ["bc"] + sorted(load(cfg, "finetune")["snapshots"], key=int):
+        curve["0" if policy == "bc" else policy] = float(np.mean([r["success"] for r in evaluate(cfg, policy, curve_seeds)]))
+    content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
+    write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
+
+
+def stage_report(cfg):
+    """Tables and pictures from what the other stages left behind."""
+    folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
+    before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
+    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation["curve"], cfg.eval_curve, before, after)
+    dream_gif(cfg, folder / f"dream_{cfg.task}.gif")
+    minutes = {stage: read_log(cfg, stage, "minutes")[1][-1] for stage in STAGES if read_log(cfg, stage, "minutes")[1]}
+    lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, load(cfg, "wm")["judged"], minutes)
+    print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
+
+
+@torch.no_grad()
+def dream_gif(cfg, path):
+    """A held-out demonstration of the task: truth, watched, dreamed from its first frame, and the classifier's score of the dream."""
+    wm, _, classifier = load_policy(cfg, "bc")
+    replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
+    a, b = next((a, b) for t, a, b in replay.ds.segments if t == cfg.task)
+    seen, dreamed, frames = views(wm, replay, np.array([a]), b - a + 1)
+    score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
+    truth = [replay.ds[k][a:b + 1] for k in ("rgb_static", "rgb_gripper")]
+    watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
+    report.gif(path, report.dream_strip(truth, watched, imagined, score))
+
+
+# ======================================================================================================================
+# 10  Command line
+# ======================================================================================================================
+
+def parse(argv):
+    """Flags over the run's config.json over the preset over the defaults -> Config"""
+    helps, fields = field_help(), dataclasses.fields(Config)
+    parser = argparse.ArgumentParser(prog="diwa.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     epilog=f"tasks: {', '.join(TASKS)}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in fields:
+        parser.add_argument(f"--{field.name}", type=field.type if isinstance(field.type, type) else eval(field.type), default=argparse.SUPPRESS, help=helps[field.name].replace("%", "%%") + f" [{field.default}]")
+    def refuse(message):
+        word = next((w for w in message.split() if w.startswith("--")), "").split("=")[0]
+        near = difflib.get_close_matches(word, [f"--{f.name}" for f in fields], 1)
+        raise InputError(message + (f"; did you mean {near[0]}?" if near and "unrecognized" in message else "; see --help"))
+    parser.error = refuse
+    given = vars(parser.parse_args(argv))
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
+    run = given.get("run", preset)
+    saved = Path(given.get("runs", "runs")) / run / "config.json"
+    settings = dict(PRESETS[preset])
+    if "preset" not in given and saved.exists():            # a run remembers its settings; flags still win
+        known = {f.name for f in fields} - {"stage", "task", "run", "runs", "device", "workers"}
+        settings = {k: v for k, v in load_file(saved)["settings"].items() if k in known}
+        preset = settings["preset"]
+    cfg = Config(**{**settings, **given, "preset": preset, "run": run})
+    return check_config(cfg)
+
+
+def check_config(cfg):
+    for name, value, allowed in (("task", cfg.task, TASKS), ("stage", cfg.stage, [*STAGES, "report", "all"]), ("wm_encoder", cfg.wm_encoder, ["linear", "conv"]),
+                                 ("wm_latent", cfg.wm_latent, ["gaussian", "categorical"]), ("bc_net", cfg.bc_net, ["mlp", "unet"]),
+                                 ("bc_actor", cfg.bc_actor, ["diffusion", "gaussian"]), ("reward_labels", cfg.reward_labels, ["unlabelled", "demos", "predicate"]),
+                                 ("device", cfg.device, ["auto", "cpu", "cuda"])):
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), list(allowed), 1)
+            raise InputError(f"--{name} {value} is unknown{f' (did you mean {near[0]}?)' if near else ''}: choose {', '.join(allowed)}")
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was asked for, but this torch sees no CUDA device: use --device cpu")
+    if cfg.wm_encoder == "conv" and cfg.image_size != 64:
+        raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
+    return cfg
+
+
+def run_stage(cfg, stage):
+    began, path = time.time(), output(cfg, stage)
+    if stamp_of(cfg, stage) == stamp(cfg, stage):
+        print(f"{stage}: {path} is there for the same settings, skipped")
+        return
+    for other in STAGES[stage][1]:
+        load(cfg, other)
+    print(f"{stage}: writes {path}")
+    globals()[f"stage_{stage}"](cfg)
+    minutes = (time.time() - began) / 60
+    Log(cfg, stage, sys.maxsize)(0, dict(minutes=minutes))
+    print(f"{stage}: done in {minutes:.1f} min", flush=True)
+
+
+def main(argv=None):
+    try:
+        cfg = parse(argv)
+        folder = Path(cfg.runs) / cfg.run
+        write_atomic(folder / "config.json", lambda p: p.write_text(json.dumps(dict(settings=dataclasses.asdict(cfg), versions=versions(cfg)), indent=1)))
+        for stage in ([*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]):
+            run_stage(cfg, stage) if stage in STAGES else stage_report(cfg)
+    except InputError as error:
+        print(f"\ndiwa: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndiwa: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

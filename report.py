@@ -1,0 +1,178 @@
+"""report.py: what came out.  Judging a world model on recordings, intervals, pictures and report.md.
+
+Nothing here trains or acts; diwa.py hands over plain arrays and reads nothing back but numbers.
+"""
+import csv
+import json
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+PROBED = {"slider": 0, "drawer": 1, "lever": 3, "bulb": 4, "led": 5}              # name: index in scene_obs
+MOVED = {"slider": 0.02, "drawer": 0.02, "lever": 0.01, "bulb": 0.5, "led": 0.5, "tcp": 2.0}   # counts as having moved; m, m, m, 0/1, 0/1, cm
+PAPER = {  # arXiv 2508.03645, table 1 (BC, DiWA), and arXiv 2603.28955 (WAM): success in %
+    "open_drawer": (57.8, 74.4, 96.7), "close_drawer": (59.1, 92.0, 96.6), "move_slider_left": (62.2, 83.3, 87.5), "move_slider_right": (62.6, 82.8, 89.7),
+    "turn_on_lightbulb": (60.6, 91.9, 100.0), "turn_off_lightbulb": (35.6, 77.0, 75.9), "turn_on_led": (48.4, 86.2, 96.6), "turn_off_led": (55.3, 82.3, 100.0)}
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------------
+
+def wilson(successes, n, z=1.96):
+    """95 % interval of a proportion (Wilson 1927), which also works at 0 and 1."""
+    p, d = successes / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return (p + z * z / (2 * n)) / d - half, (p + z * z / (2 * n)) / d + half
+
+
+def paired(before, after):
+    """Two policies on the same starts -> gained, lost, the difference with its 95 % interval, and the exact McNemar p.
+
+    The interval is Agresti and Min's (2005): half a pair is added to each of the four cells, so that it also works at the ends."""
+    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    n, gained, lost = len(before), int((after & ~before).sum()), int((before & ~after).sum())
+    g, l, m = gained + 0.5, lost + 0.5, n + 2
+    half = 1.96 * math.sqrt((g + l) - (g - l) ** 2 / m) / m
+    p = min(1.0, 2 * sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (gained + lost))
+    return dict(gained=gained, lost=lost, difference=(gained - lost) / n, low=(g - l) / m - half, high=(g - l) / m + half, p=p)
+
+
+# --- judging a world model ------------------------------------------------------------------------------------------------
+
+def fit_probe(feature, target):
+    """Ridge regression in closed form, feature [N, F], target [N, D] -> weights [F + 1, D].  It reads a state out of a feature, if it is there."""
+    x, y = F.pad(feature, (0, 1), value=1.0).double(), target.double()
+    ridge = 1e-4 * len(x) * x.square().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(x.T @ x + ridge, x.T @ y).float()
+
+
+def read_probe(weights, feature):
+    return F.pad(feature, (0, 1), value=1.0) @ weights
+
+
+def open_loop_errors(guess, truth):
+    """Error of a dream after 10, 40 and 72 steps beside that of the guess that nothing moves; also for the windows in which the thing moves.
+
+    guess, truth [W, T, 8]: the fixtures of PROBED and the TCP in cm.  -> list of rows"""
+    rows = []
+    for step in (10, 40, 72):
+        step = min(step, truth.shape[1] - 1)
+        for d, what in enumerate([*PROBED, "tcp"]):
+            s = slice(5, 8) if what == "tcp" else slice(d, d + 1)
+            error = (guess[:, step, s] - truth[:, step, s]).norm(dim=-1)
+            still = (truth[:, 0, s] - truth[:, step, s]).norm(dim=-1)
+            moved = still > MOVED[what]
+            mean = lambda x: x.mean().item() if len(x) else float("nan")
+            rows.append(dict(step=step, what=what, error=mean(error), still=mean(still), windows=int(moved.sum()),
+                             error_moving=mean(error[moved]), still_moving=mean(still[moved])))
+    return rows
+
+
+def share_of_change(guess, truth):
+    """Share of sequences [W, T] in which the guess makes more than 60 % of the true change from first to last frame."""
+    return ((guess[:, -1] - guess[:, 0]) / (truth[:, -1] - truth[:, 0]) > 0.6).float().mean().item()
+
+
+def precision_recall(verdict, truth):
+    verdict, truth = np.asarray(verdict, bool), np.asarray(truth, bool)
+    hit = (verdict & truth).sum()
+    return hit / max(verdict.sum(), 1), hit / max(truth.sum(), 1)
+
+
+# --- the written report ---------------------------------------------------------------------------------------------------
+
+def percent(x):
+    return f"{100 * x:.0f} %"
+
+
+def success_rows(before, after, dream):
+    """Lines of the table's own part: success before and after, difference, intervals."""
+    n = len(before)
+    def rate(x):
+        low, high = wilson(sum(x), n)
+        return f"{percent(sum(x) / n)} [{100 * low:.0f}, {100 * high:.0f}]"
+    d = paired(before, after)
+    return [f"| before: behaviour cloning | {rate(before)} |", f"| after: fine-tuned in the dream only | {rate(after)} |",
+            f"| difference, paired | {100 * d['difference']:+.0f} points [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}], "
+            f"gained {d['gained']}, lost {d['lost']}, McNemar p = {d['p']:.2g} |",
+            f"| what the dream believes of the fine-tuned policy | {percent(dream)} (differs from the simulator by {abs(100 * (dream - sum(after) / n)):.0f} points) |"]
+
+
+def write(folder, task, settings, versions, evaluation, judged, minutes):
+    """runs/<name>/report.md.  evaluation: content of eval_<task>.json; judged: the world model's own tables; minutes: {stage: minutes}."""
+    before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
+    n, paper = len(before), PAPER[task]
+    lines = [f"# {task}: practised in a dream", "",
+             f"{n} start states, the same before and after; at most {settings['eval_steps']} steps; CALVIN's task rule; 95 % intervals. Seed {settings['seed']}, preset {settings['preset']}.",
+             "", "| success in the simulator | this run |", "|---|---|", *success_rows(before, after, evaluation["dream_success"]),
+             f"| the paper's row, real CALVIN (BC, DiWA, WAM) | {paper[0]}, {paper[1]}, {paper[2]} % |", "",
+             f"No simulator step was used between the recorded data and the fine-tuned policy. Reward labels: {settings['reward_labels']}.", "",
+             f"![learning curve](curves_{task}.png)", "", f"![dream](dream_{task}.gif) ![before](rollout_before_{task}.gif) ![after](rollout_after_{task}.gif)", "",
+             "## The success classifier on held-out policy rollouts", "",
+             "Every chunk end of the evaluation episodes, failures included; the same actions replayed in the dream from the first frame.", "",
+             "| rollouts of | seen | precision | recall | failed episodes in which it fires |", "|---|---|---|---|---|"]
+    for policy in ("bc", "tuned"):
+        for where in ("real", "dream"):
+            rows = evaluation["results"][policy]
+            verdict = [v for r in rows for v in r[where]]
+            truth = [t for r in rows for t in r["truth"]]
+            p, r = precision_recall(verdict, truth)
+            failed = [x for x in rows if not x["success"]]
+            fired = np.mean([any(x[where]) for x in failed]) if failed else float("nan")
+            lines.append(f"| {policy} | {'real frames' if where == 'real' else 'dream'} | {p:.2f} | {r:.2f} | {fired:.2f} of {len(failed)} |")
+    lines += ["", "## The world model on recordings it has not seen", "",
+              "Replay share: a held-out demonstration's actions, replayed in the dream from its first frame; in what share does the task's object make more",
+              "than 60 % of its true change?  (A linear probe reads the feature.)", "", "| task | " + " | ".join(judged["replay_share"]) + " | mean |",
+              "|---|" + "---|" * (len(judged["replay_share"]) + 1)]
+    for name, key in (("dreamed", "replay_share"), ("watched", "replay_share_watched")):
+        v = list(judged[key].values())
+        lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in v) + f" | {np.mean(v):.2f} |")
+    lines += ["", "Open-loop error from one frame (m, tcp in cm, lights 0..1), against \"nothing moves\":", "",
+              "| what | steps | error | nothing moves | where it moves: windows | error | nothing moves |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {r['what']} | {r['step']} | {r['error']:.3f} | {r['still']:.3f} | {r['windows']} | {r['error_moving']:.3f} | {r['still_moving']:.3f} |" for r in judged["open_loop"]]
+    lines += ["", "## Minutes", "", "| " + " | ".join(minutes) + " | all |", "|" + "---|" * (len(minutes) + 1),
+              "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |", "",
+              "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
+    (folder / f"report_{task}.md").write_text("\n".join(lines) + "\n")
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def curves(path, task, dream_log, curve, n_curve, before, after):
+    """Dream success and simulator success over the iterations of fine-tuning; the gap between them is the lesson."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(*dream_log, color="tab:blue", label="dream (exploring, its own classifier)")
+    steps, rates = [int(k) for k in curve], np.array(list(curve.values()))
+    low, high = np.array([wilson(r * n_curve, n_curve) for r in rates]).T
+    axis.errorbar(steps, rates, [np.maximum(rates - low, 0), np.maximum(high - rates, 0)], color="tab:orange", marker="o", capsize=3, label=f"simulator ({n_curve} other starts)")
+    axis.axhline(np.mean(before), color="gray", ls=":", label=f"cloned, {len(before)} test starts: {percent(np.mean(before))}")
+    axis.axhline(np.mean(after), color="black", ls="--", label=f"fine-tuned, same starts: {percent(np.mean(after))}")
+    axis.set(xlabel="PPO iteration in the dream", ylabel="success", ylim=(0, 1.05), title=task)
+    axis.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def gif(path, frames, scale=3):
+    """frames: list of [H, W, 3] u8."""
+    import imageio
+    imageio.mimsave(path, [np.kron(f, np.ones((scale, scale, 1), np.uint8)) for f in frames], duration=40, loop=0)
+
+
+def dream_strip(truth, watched, dreamed, scores):
+    """One gif frame a step: truth, what the model sees when it watches, what it dreams, over a bar with the classifier's score.
+
+    truth, watched, dreamed: (static, gripper) [T, S, S, 3] u8; scores [T] in 0..1."""
+    frames = []
+    for t, score in enumerate(scores):
+        columns = [np.concatenate([x[0][t], x[1][t]], 0) for x in (truth, watched, dreamed)]
+        picture = np.concatenate(columns, 1)
+        bar = np.zeros((6, picture.shape[1], 3), np.uint8)
+        bar[:, :int(score * picture.shape[1])] = (60, 200, 90) if score > 0.5 else (200, 140, 60)
+        frames.append(np.concatenate([picture, bar], 0))
+    return frames
