@@ -26,23 +26,13 @@ Where this file departs from the papers, on purpose (each is a flag or a comment
     - the classifier compares the current feature with the first one, because CALVIN's task rules do.
 Sources: DiWA arXiv 2508.03645; DPPO arXiv 2409.00588; DreamerV2 arXiv 2010.02193; PPO arXiv 1707.06347; LUMOS arXiv 2503.10370.
 """
-import argparse
 import copy
-import csv
 import dataclasses
-import difflib
-import inspect
 import json
 import math
-import multiprocessing
-import os
-import platform
-import re
 import shutil
-import subprocess
 import sys
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +45,8 @@ import calvin_sim
 import report
 from calvin_sim import TASKS, advance_target
 from data import Dataset, InputError, action_chunks, pack, save_part, window_starts, write_atomic
+from runs import (STAGES, Log, Snapshots, in_processes, known, load, output, parse, read_log, save, seed_everything, stamp, stamp_of,
+                  stop_if_orphaned, train, versions)
 
 # ======================================================================================================================
 # 1  Config.  Every number of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -104,7 +96,7 @@ class Config:
     wm_context: int = 5             # open loop starts after 1..wm_context frames
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
     wm_events: float = 0.5          # share of windows drawn where the scene changes, found in the pixels (paper: 0)
-    wm_decode: float = 1.0          # conv: share of the frames that are decoded for the loss (paper: 1)
+    wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
     # bc: the diffusion policy, section 4
     bc_actor: str = "diffusion"     # diffusion or gaussian
     bc_net: str = "mlp"             # denoiser: mlp or unet
@@ -162,164 +154,6 @@ PRESETS = {
                   wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150, reward_hidden=64, reward_updates=60, ft_iterations=3,
                   ft_dreams=16, ft_epochs=2, ft_warmup=1, ft_snapshot=2, eval_episodes=8, eval_curve=4),
 }
-
-STAGES = {  # name: (prefix of its own fields, stages it reads, is there one a task?)
-    "play": ("play_", (), False),
-    "demos": ("demo_", (), True),
-    "wm": ("wm_", ("play",), False),
-    "bc": ("bc_", ("wm", "demos"), True),
-    "reward": ("reward_", ("wm", "demos"), True),
-    "finetune": ("ft_", ("bc", "reward"), True),
-    "eval": ("eval_", ("finetune",), True),
-}
-
-
-def field_help():
-    """{field: its comment in the source above}: the comments are the documentation, --help prints them."""
-    return dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
-
-
-def stamp(cfg, stage):
-    """All settings that the output of a stage depends on; saved in it, and compared before it is used again."""
-    prefix, inputs, per_task = STAGES[stage]
-    names = [f.name for f in dataclasses.fields(cfg) if f.name.startswith(prefix)] + ["seed", "sim", "image_size"] + ["task"] * per_task
-    settings = {name: getattr(cfg, name) for name in names}
-    for other in inputs:
-        settings.update(stamp(cfg, other))
-    return settings
-
-
-# ======================================================================================================================
-# 2  Bookkeeping.  A stage writes its result whole or not at all, saves its progress every half minute, and draws the random
-#    numbers of update i from (seed, stage, i): a run that was killed and resumed ends as if nothing had happened.
-# ======================================================================================================================
-
-def output(cfg, stage):
-    """Path of a stage's result."""
-    folder = Path(cfg.runs) / cfg.run
-    name = f"{stage}_{cfg.task}" if STAGES[stage][2] else stage
-    return folder / (name if stage in ("play", "demos") else f"{name}.json" if stage == "eval" else f"{name}.pt")
-
-
-def seed_everything(*words):
-    """Seed torch from the words and return a numpy generator seeded alike."""
-    number = zlib.crc32(repr(words).encode())
-    torch.manual_seed(number)
-    return np.random.default_rng(number)
-
-
-def save(path, content):
-    def write(temporary):
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:                       # torch reports a full disk as a RuntimeError
-            raise OSError(str(error).splitlines()[0]) from error
-    write_atomic(path, write)
-
-
-def load_file(path, device="cpu"):
-    try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path} is damaged or is not a checkpoint of this program ({type(error).__name__}): delete it and run the same command again") from error
-
-
-def stamp_of(cfg, stage):
-    """The settings that an existing result was made with, or None where there is none."""
-    path = output(cfg, stage)
-    if stage in ("play", "demos"):
-        return json.loads((path / "meta.json").read_text()).get("stamp") if (path / "meta.json").exists() else None
-    return load_file(path)["stamp"] if path.exists() else None
-
-
-def load(cfg, stage):
-    """The result of an earlier stage, made with today's settings; anything else is an error that names the difference."""
-    path, want, found = output(cfg, stage), stamp(cfg, stage), stamp_of(cfg, stage)
-    if found is None:
-        raise InputError(f"{path} is missing: run --stage {stage} first, or --stage all")
-    for name in want:
-        if found.get(name) != want[name]:
-            raise InputError(f"{path} was made with {name}={found.get(name)}, but the settings now say {name}={want[name]}: "
-                             f"run --stage {stage} again (or --stage all), or give --{name} {found.get(name)}")
-    return Dataset(path) if stage in ("play", "demos") else load_file(path, cfg.device)
-
-
-class Progress:
-    """One line with the time left: rewritten on a terminal, printed every 15 seconds into a log file."""
-
-    def __init__(self, name, total, done=0):
-        self.name, self.total, self.first, self.start, self.shown = name, total, done, time.time(), 0.0
-
-    def __call__(self, done, text=""):
-        tty, now = sys.stdout.isatty(), time.time()
-        if now - self.shown < (0.5 if tty else 15) and done < self.total:
-            return
-        self.shown, rate = now, max(done - self.first, 1e-9) / (now - self.start + 1e-9)
-        left = (self.total - done) / rate if done > self.first else 0
-        line = f"  {self.name:<14} {done:>7,}/{self.total:,}  {rate:8.1f}/s  {int(left) // 60:3d}:{int(left) % 60:02d} left  {text}"
-        print(("\r\033[K" if tty else "") + line, end="\n" if not tty or done >= self.total else "", flush=True)
-
-
-class Log:
-    """runs/<name>/log.csv, long format: stage, task, step, metric, value.  Rows of a stage that is done again are replaced."""
-
-    def __init__(self, cfg, stage, first):
-        self.path, self.key = Path(cfg.runs) / cfg.run / "log.csv", [stage, cfg.task if STAGES[stage][2] else ""]
-        rows = list(csv.reader(self.path.open())) if self.path.exists() else []
-        keep = [r for r in rows if len(r) == 5 and r[0] != "stage" and (r[:2] != self.key or int(r[2]) <= first)]
-        text = "\n".join(",".join(r) for r in [["stage", "task", "step", "metric", "value"]] + keep) + "\n"
-        write_atomic(self.path, lambda p: p.write_text(text))
-
-    def __call__(self, step, metrics):
-        with self.path.open("a") as f:
-            f.writelines(",".join([*self.key, str(step), name, f"{value:.6g}"]) + "\n" for name, value in metrics.items())
-
-
-def read_log(cfg, stage, metric):
-    """(steps, values) of one metric of a stage."""
-    path = Path(cfg.runs) / cfg.run / "log.csv"
-    key = [stage, cfg.task if STAGES[stage][2] else ""]
-    rows = [r for r in csv.reader(path.open()) if r[:2] == key and r[3] == metric] if path.exists() else []
-    return [int(r[2]) for r in rows], [float(r[4]) for r in rows]
-
-
-def train(cfg, stage, total, state, update, every=20):
-    """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.
-
-    state: {name: object with state_dict}; saved beside the result every 30 s and restored when the program was killed.
-    Losses stay on the device and are looked at every `every` updates; a NaN stops the run and says where it arose."""
-    path = output(cfg, stage)
-    partial = path.with_name(path.stem + ".partial.pt")
-    done, saved, pending = 0, time.time(), []
-    if partial.exists():
-        content = load_file(partial, cfg.device)
-        if content["stamp"] == stamp(cfg, stage):
-            done = content["done"]
-            for name, thing in state.items():
-                thing.load_state_dict(content["state"][name])
-            print(f"  {stage} resumes at {done:,} of {total:,}")
-    log, progress = Log(cfg, stage, done), Progress(stage, total, done)
-    for i in range(done, total):
-        pending.append(update(i, seed_everything(cfg.seed, stage, cfg.task if STAGES[stage][2] else "", i)))
-        if (i + 1) % every and i + 1 < total:
-            continue
-        metrics = {name: torch.stack([p[name].detach().float() for p in pending]).mean().item() for name in pending[-1]}
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise InputError(f"stage {stage}: {name} became {value} between steps {i + 2 - len(pending)} and {i + 1}; the last good state is in "
-                                 f"{partial}: try half the learning rate (--{STAGES[stage][0]}... --help) or --wm_clip 10, and run again")
-        pending = []
-        log(i + 1, metrics)
-        progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
-        if time.time() - saved > 30 and i + 1 < total:
-            save(partial, dict(stamp=stamp(cfg, stage), done=i + 1, state={n: t.state_dict() for n, t in state.items()}))
-            saved = time.time()
-    return partial
-
 
 def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
     """Linear warm-up, then half a cosine from peak to floor * peak."""
@@ -534,10 +368,12 @@ class WorldModel(nn.Module):
         hidden = [2 * e] if self.codec else []              # the convolutions are deep enough
         self.fuse = mlp([seen] + hidden + [e, e])           # image part of the embedding; proprioception is appended to it
         self.embed_size = e + 15
-        self.inputs = nn.Sequential(nn.Linear(z + 14, cfg.wm_hidden), nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU())
+        self.from_z, self.from_action = nn.Linear(z, cfg.wm_hidden), nn.Linear(14, cfg.wm_hidden, bias=False)
+        self.norm = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU())
         self.gru = NormGRU(cfg.wm_hidden, cfg.wm_h)
         self.prior = mlp([cfg.wm_h, cfg.wm_hidden, stats_size(cfg)])
-        self.post = mlp([cfg.wm_h + self.embed_size, cfg.wm_hidden, stats_size(cfg)])
+        self.post_h, self.post_e = nn.Linear(cfg.wm_h, cfg.wm_hidden), nn.Linear(self.embed_size, cfg.wm_hidden, bias=False)
+        self.post_out = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU(), nn.Linear(cfg.wm_hidden, stats_size(cfg)))
         self.decoder = ConvDecoder(cfg, cfg.wm_h + z) if self.conv else mlp([cfg.wm_h + z, 2 * e, 2 * e, self.codec.size])
         self.proprio = mlp([cfg.wm_h + z, e, 15])
 
@@ -555,7 +391,13 @@ class WorldModel(nn.Module):
 
     def step(self, h, z, action, command):
         """One transition: memory after `action` [B, 7] was given and the arm's target became `command` [B, 7]."""
-        return self.gru(self.inputs(torch.cat([z, action, command], -1)), h)                          # [B, h]
+        return self.transition(h, z, self.from_action(torch.cat([action, command], -1)))
+
+    def transition(self, h, z, moved):
+        return self.gru(self.norm(self.from_z(z) + moved), h)                                         # [B, h]
+
+    def posterior(self, h, embedding):
+        return self.post_out(self.post_h(h) + self.post_e(embedding))
 
     def rollout(self, embedding, action, command, context=None):
         """Watch a sequence and, beside it, dream it.
@@ -566,12 +408,13 @@ class WorldModel(nn.Module):
         B, T = action.shape[:2]
         streams = 1 if context is None else 2
         h, z = self.initial(streams * B, action.device)
-        action, command2 = action.repeat(streams, 1, 1), command.repeat(streams, 1, 1)                # both streams in one batch
+        moved = self.from_action(torch.cat([action, command], -1)).repeat(streams, 1, 1)              # both streams in one batch
+        seen = self.post_e(embedding)                       # everything that needs no recurrence is done for all T at once
         hs, zs, posts, priors = [], [], [], []
         for t in range(T):
-            h = self.step(h, z, action[:, t], command2[:, t])
+            h = self.transition(h, z, moved[:, t])
             prior = self.prior(h)
-            post = self.post(torch.cat([h[:B], embedding[:, t]], -1))
+            post = self.post_out(self.post_h(h[:B]) + seen[:, t])
             z = sample_latent(post, self.cfg)
             if streams == 2:
                 watching = (t < context)[:, None]                                                     # [B, 1]
@@ -579,7 +422,7 @@ class WorldModel(nn.Module):
                 h = torch.cat([h[:B], torch.where(watching, h[:B], h[B:])])
                 z = torch.cat([z, torch.where(watching, z, dreamed)])
             hs.append(h), zs.append(z), posts.append(post), priors.append(prior[:B])
-        feature = torch.cat([torch.stack(hs, 1), torch.stack(zs, 1), command2], -1)                   # [streams * B, T, F]
+        feature = torch.cat([torch.stack(hs, 1), torch.stack(zs, 1), command.repeat(streams, 1, 1)], -1)   # [streams * B, T, F]
         return feature[:B], (torch.stack(posts, 1), torch.stack(priors, 1)), feature[B:] if streams == 2 else None
 
     def tcp(self, feature):
@@ -1042,7 +885,7 @@ class DreamEnv:
         embedding, command, target = (x[index] for x in self.bank)
         h, z = self.wm.initial(n, embedding.device)
         h = self.wm.step(h, z, torch.zeros_like(command), command)
-        z = sample_latent(self.wm.post(torch.cat([h, embedding], -1)), self.cfg)
+        z = sample_latent(self.wm.posterior(h, embedding), self.cfg)
         state = dict(h=h, z=z, command=command, target=target)
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]))
 
@@ -1217,7 +1060,7 @@ class Agent:
         self.tcp = tcp
         obs["proprio"] = encode_proprio(obs["robot_obs"])
         self.h = self.wm.step(self.h, self.z, self.action, command)
-        self.z = sample_latent(self.wm.post(torch.cat([self.h, self.wm.embed(obs)], -1)), self.cfg)
+        self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(obs)), self.cfg)
         self.state = dict(h=self.h, z=self.z, command=command, target=self.target)
         return feature_of(self.state)
 
@@ -1346,19 +1189,9 @@ def evaluate(cfg, policy, seeds, record=0):
 # 9  Stages.  Each reads earlier results, writes its own, and can be run alone.
 # ======================================================================================================================
 
-def in_processes(cfg, function, jobs, name):
-    """Yield function(job) for all jobs, in their order, from cfg.workers processes, with a progress line."""
-    progress = Progress(name, len(jobs))
-    with multiprocessing.get_context("spawn").Pool(min(cfg.workers, len(jobs))) as pool:
-        for i, result in enumerate(pool.imap(function, jobs)):
-            progress(i + 1)
-            yield result
-
-
 def record_job(job):
     """One simulator process records one episode to a file, unless it is there already."""
-    if not multiprocessing.parent_process().is_alive():     # killed: leave the files to the run that resumes
-        os._exit(1)
+    stop_if_orphaned()
     path, kind, seed, size, length = Path(job["path"]), job["kind"], job["seed"], job["size"], job["length"]
     if not path.exists():
         sim = record_job.__dict__.setdefault("sim", None) or calvin_sim.Tabletop(size)               # one simulator a process
@@ -1372,49 +1205,48 @@ def record_job(job):
         return bool(part["solved"]), len(part["rel_actions"])
 
 
-def record(cfg, folder, jobs, wanted, name):
-    """Record jobs = [(kind, seed, length)] until `wanted` of them are solved; returns the files of the first ones that are, in order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = [dict(path=str(folder / f"{kind}_{seed}.npz"), kind=kind, seed=seed, size=cfg.image_size, length=length) for kind, seed, length in jobs]
-    good = []
-    for job, (solved, length) in zip(todo, in_processes(cfg, record_job, todo, name)):
-        good += [(job["path"], job["kind"], length)] if solved else []
-        if len(good) == wanted:
-            break
-    if len(good) < wanted:
-        raise InputError(f"the scripted expert solved only {len(good)} of {len(jobs)} starts of {name}, {wanted} are needed: check with 'python calvin_sim.py check'")
+def record(cfg, parts, wanted):
+    """Record wanted = {kind: (first seed, number of episodes, their length)}; episodes that the expert fails are replaced by the next seed's.
+
+    -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was interrupted"""
+    parts.mkdir(parents=True, exist_ok=True)
+    good, tried = {kind: [] for kind in wanted}, dict.fromkeys(wanted, 0)
+    while any(len(good[kind]) < wanted[kind][1] for kind in wanted):
+        jobs = []
+        for kind, (first, count, length) in wanted.items():
+            missing = count - len(good[kind])
+            jobs += [dict(path=str(parts / f"{kind}_{first + tried[kind] + k}.npz"), kind=kind, seed=first + tried[kind] + k, size=cfg.image_size, length=length)
+                     for k in range(missing)]
+            tried[kind] += missing
+            if tried[kind] > 3 * count + 20:
+                raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts of {kind}: see 'python calvin_sim.py check'")
+        for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes")):
+            good[job["kind"]] += [(job["path"], frames)] if solved else []
     return good
 
 
-def versions(cfg):
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
-    return dict(torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), device=cfg.device, sim=cfg.sim,
-                renderer="PyBullet TinyRenderer (CPU)", commit=commit.stdout.strip() if commit and commit.returncode == 0 else "unknown")
+def pack_recorded(cfg, stage, folder, good):
+    meta = dict(source="built-in tabletop", stamp=stamp(cfg, stage), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
+    pack([path for kind in good for path, _ in good[kind]], folder, meta, [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]] or None)
 
 
 def stage_play(cfg):
     """Task-agnostic play for the world model, and demonstrations of all eight tasks that only ever judge it."""
-    folder, n = output(cfg, "play"), max(10, cfg.play_frames // cfg.play_episode)
-    meta = dict(source="built-in tabletop", stamp=stamp(cfg, "play"), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
+    folder, base = output(cfg, "play"), 1_000_000 * (cfg.seed + 1)   # play, demonstrations, judges and evaluation never share a seed
     parts = folder.with_name("play.parts")
-    base = 1_000_000 * (cfg.seed + 1)                       # demonstrations, play, judges and evaluation never share a seed
-    replay = []
-    for i, task in enumerate(TASKS):
-        seeds = [(task, base + 500_000 + 1000 * i + k, 0) for k in range(2 * cfg.play_replay + 4)]
-        replay += record(cfg, parts, seeds, cfg.play_replay, f"judge {task[:8]}")
-    pack([p for p, _, _ in replay], folder.with_name("replay"), dict(meta), [(t, 0, n - 1) for _, t, n in replay])
-    play = record(cfg, parts, [("play", base + k, cfg.play_episode) for k in range(n)], n, "play")
-    pack([p for p, _, _ in play], folder, meta)
+    judges = {task: (base + 500_000 + 1000 * i, cfg.play_replay, 0) for i, task in enumerate(TASKS)}
+    good = record(cfg, parts, {"play": (base, max(10, cfg.play_frames // cfg.play_episode), cfg.play_episode), **judges})
+    pack_recorded(cfg, "play", folder.with_name("replay"), {task: good[task] for task in TASKS})
+    pack_recorded(cfg, "play", folder, {"play": good["play"]})
     shutil.rmtree(parts)
 
 
 def stage_demos(cfg):
     """Demonstrations of the task by the scripted expert."""
     folder = output(cfg, "demos")
-    parts, base = folder.with_name(folder.name + ".parts"), 1_000_000 * (cfg.seed + 1) + 700_000 + 10_000 * list(TASKS).index(cfg.task)
-    good = record(cfg, parts, [(cfg.task, base + k, 0) for k in range(2 * cfg.demo_count + 10)], cfg.demo_count, "demos")
-    meta = dict(source="built-in tabletop", stamp=stamp(cfg, "demos"), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
-    pack([p for p, _, _ in good], folder, meta, [(t, 0, n - 1) for _, t, n in good])
+    parts = folder.with_name(folder.name + ".parts")
+    good = record(cfg, parts, {cfg.task: (1_000_000 * (cfg.seed + 1) + 700_000 + 10_000 * list(TASKS).index(cfg.task), cfg.demo_count, 0)})
+    pack_recorded(cfg, "demos", folder, good)
     shutil.rmtree(parts)
 
 
@@ -1567,16 +1399,6 @@ def finetune(cfg, env, actor):
     partial.unlink(missing_ok=True)
 
 
-class Snapshots(dict):
-    """{iteration: denoiser weights}, saved and resumed with the rest."""
-
-    def state_dict(self):
-        return dict(self)
-
-    def load_state_dict(self, content):
-        self.update(content)
-
-
 def load_policy(cfg, policy):
     """World model, actor and classifier; policy: "bc", "tuned" or the iteration of a snapshot."""
     wm = load_world_model(cfg)
@@ -1634,43 +1456,10 @@ def dream_gif(cfg, path):
 # 10  Command line
 # ======================================================================================================================
 
-def parse(argv):
-    """Flags over the run's config.json over the preset over the defaults -> Config"""
-    helps, fields = field_help(), dataclasses.fields(Config)
-    parser = argparse.ArgumentParser(prog="diwa.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     epilog=f"tasks: {', '.join(TASKS)}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in fields:
-        parser.add_argument(f"--{field.name}", type=field.type if isinstance(field.type, type) else eval(field.type), default=argparse.SUPPRESS, help=helps[field.name].replace("%", "%%") + f" [{field.default}]")
-    def refuse(message):
-        word = next((w for w in message.split() if w.startswith("--")), "").split("=")[0]
-        near = difflib.get_close_matches(word, [f"--{f.name}" for f in fields], 1)
-        raise InputError(message + (f"; did you mean {near[0]}?" if near and "unrecognized" in message else "; see --help"))
-    parser.error = refuse
-    given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
-    if preset not in PRESETS:
-        raise InputError(f"--preset {preset} is unknown: choose {', '.join(PRESETS)}")
-    run = given.get("run", preset)
-    saved = Path(given.get("runs", "runs")) / run / "config.json"
-    settings = dict(PRESETS[preset])
-    if "preset" not in given and saved.exists():            # a run remembers its settings; flags still win
-        known = {f.name for f in fields} - {"stage", "task", "run", "runs", "device", "workers"}
-        settings = {k: v for k, v in load_file(saved)["settings"].items() if k in known}
-        preset = settings["preset"]
-    cfg = Config(**{**settings, **given, "preset": preset, "run": run})
-    return check_config(cfg)
-
-
 def check_config(cfg):
-    for name, value, allowed in (("task", cfg.task, TASKS), ("stage", cfg.stage, [*STAGES, "report", "all"]), ("wm_encoder", cfg.wm_encoder, ["linear", "conv"]),
-                                 ("wm_latent", cfg.wm_latent, ["gaussian", "categorical"]), ("bc_net", cfg.bc_net, ["mlp", "unet"]),
-                                 ("bc_actor", cfg.bc_actor, ["diffusion", "gaussian"]), ("reward_labels", cfg.reward_labels, ["unlabelled", "demos", "predicate"]),
-                                 ("device", cfg.device, ["auto", "cpu", "cuda"])):
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), list(allowed), 1)
-            raise InputError(f"--{name} {value} is unknown{f' (did you mean {near[0]}?)' if near else ''}: choose {', '.join(allowed)}")
+    for name, allowed in (("task", TASKS), ("stage", [*STAGES, "report", "all"]), ("sim", ["tabletop"]), ("wm_encoder", ["linear", "conv"]), ("wm_latent", ["gaussian", "categorical"]),
+                          ("bc_net", ["mlp", "unet"]), ("bc_actor", ["diffusion", "gaussian"]), ("reward_labels", ["unlabelled", "demos", "predicate"]), ("device", ["auto", "cpu", "cuda"])):
+        known(getattr(cfg, name), allowed, name)
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -1690,13 +1479,13 @@ def run_stage(cfg, stage):
     print(f"{stage}: writes {path}")
     globals()[f"stage_{stage}"](cfg)
     minutes = (time.time() - began) / 60
-    Log(cfg, stage, sys.maxsize)(0, dict(minutes=minutes))
+    Log(cfg, stage)(0, dict(minutes=minutes))
     print(f"{stage}: done in {minutes:.1f} min", flush=True)
 
 
 def main(argv=None):
     try:
-        cfg = parse(argv)
+        cfg = check_config(parse(argv, Config, PRESETS, __doc__.split("\n\n")[0], f"tasks: {', '.join(TASKS)}"))
         folder = Path(cfg.runs) / cfg.run
         write_atomic(folder / "config.json", lambda p: p.write_text(json.dumps(dict(settings=dataclasses.asdict(cfg), versions=versions(cfg)), indent=1)))
         for stage in ([*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]):

@@ -2,8 +2,6 @@
 
 Nothing here trains or acts; diwa.py hands over plain arrays and reads nothing back but numbers.
 """
-import csv
-import json
 import math
 
 import numpy as np

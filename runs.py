@@ -1,0 +1,251 @@
+"""runs.py: what every stage needs and no paper mentions.  Settings, run folders, resuming, progress, processes.
+
+A run folder runs/<name>/ holds one result a stage.  Each result carries the settings that it depends on (its stamp): a stage skips itself
+when its result is there with today's settings, and a stage that reads a result of other settings refuses it and names the difference.
+"""
+import argparse
+import csv
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Dataset, InputError, write_atomic
+
+STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
+    "play": ("play_", (), False),
+    "demos": ("demo_", (), True),
+    "wm": ("wm_", ("play",), False),
+    "bc": ("bc_", ("wm", "demos"), True),
+    "reward": ("reward_", ("wm", "demos"), True),
+    "finetune": ("ft_", ("bc", "reward"), True),
+    "eval": ("eval_", ("finetune",), True),
+}
+COMMON = ("seed", "sim", "image_size")                      # every stage depends on these
+
+
+# --- settings -----------------------------------------------------------------------------------------------------------
+
+def parse(argv, config, presets, description, epilog):
+    """Flags over the run's config.json over the preset over the defaults -> an instance of the dataclass `config`.
+
+    The comments behind the fields are the help texts: one place to read and to change them."""
+    fields = dataclasses.fields(config)
+    helps = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False)
+    for field in fields:
+        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, metavar=field.type.__name__.upper(),
+                            help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"))
+
+    def refuse(message):
+        word = next((w for w in message.split() if w.startswith("--")), "").split("=")[0].rstrip(":")
+        near = difflib.get_close_matches(word, [f"--{f.name}" for f in fields], 1) if "unrecognized" in message else []
+        raise InputError(f"{message}; {f'did you mean {near[0]}?' if near else 'see --help'}")
+    parser.error = refuse
+    given = vars(parser.parse_args(argv))
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
+    known(preset, presets, "preset")
+    saved = Path(given.get("runs", "runs")) / given.get("run", preset) / "config.json"
+    settings = dict(presets[preset])
+    if "preset" not in given and saved.exists():            # a run remembers its settings; flags still win
+        kept = {f.name for f in fields} - {"stage", "task", "run", "runs", "device", "workers"}
+        settings = {k: v for k, v in load_file(saved)["settings"].items() if k in kept}
+        preset = settings["preset"]
+    return config(**{**settings, "run": preset, **given, "preset": preset})
+
+
+def known(value, allowed, name):
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), list(allowed), 1)
+        raise InputError(f"--{name} {value} is unknown{f' (did you mean {near[0]}?)' if near else ''}: choose {', '.join(allowed)}")
+
+
+def versions(cfg):
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
+    return dict(torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), device=cfg.device, sim=cfg.sim,
+                renderer="PyBullet TinyRenderer (CPU)", commit=git.stdout.strip() if git and git.returncode == 0 else "unknown")
+
+
+# --- results and their stamps -------------------------------------------------------------------------------------------
+
+def output(cfg, stage):
+    """Path of a stage's result: a dataset folder, a checkpoint or a JSON file."""
+    name = f"{stage}_{cfg.task}" if STAGES[stage][2] else stage
+    return Path(cfg.runs) / cfg.run / (name if stage in ("play", "demos") else f"{name}.json" if stage == "eval" else f"{name}.pt")
+
+
+def stamp(cfg, stage):
+    """All settings that the result of a stage depends on, those of the stages it reads included."""
+    prefix, inputs, per_task = STAGES[stage]
+    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name.startswith(prefix) or f.name in COMMON or per_task and f.name == "task"}
+    for other in inputs:
+        settings.update(stamp(cfg, other))
+    return settings
+
+
+def stamp_of(cfg, stage):
+    """The stamp of an existing result, or None where there is none."""
+    path = output(cfg, stage)
+    if stage in ("play", "demos"):
+        return load_file(path / "meta.json").get("stamp") if (path / "meta.json").exists() else None
+    return load_file(path)["stamp"] if path.exists() else None
+
+
+def load(cfg, stage):
+    """The result of an earlier stage, if it was made with today's settings; anything else is an error that names the difference."""
+    path, want, found = output(cfg, stage), stamp(cfg, stage), stamp_of(cfg, stage)
+    if found is None:
+        raise InputError(f"{path} is missing: run --stage {stage} first, or --stage all")
+    for name in want:
+        if found.get(name) != want[name]:
+            raise InputError(f"{path} was made with {name}={found.get(name)}, but the settings now say {name}={want[name]}: "
+                             f"run --stage {stage} again (or --stage all), or give --{name} {found.get(name)}")
+    return Dataset(path) if stage in ("play", "demos") else load_file(path, cfg.device)
+
+
+def save(path, content):
+    def write(temporary):
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:                       # torch reports a full disk as a RuntimeError
+            raise OSError(str(error).splitlines()[0]) from error
+    write_atomic(path, write)
+
+
+def load_file(path, device="cpu"):
+    """A checkpoint (tensors and plain containers only) or a JSON file."""
+    try:
+        return json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} is damaged or was not written by this program ({type(error).__name__}): delete it and run the same command again") from error
+
+
+# --- a loop that can be killed --------------------------------------------------------------------------------------------
+
+def seed_everything(*words):
+    """Seed torch from the words and return a numpy generator seeded alike."""
+    number = zlib.crc32(repr(words).encode())
+    torch.manual_seed(number)
+    return np.random.default_rng(number)
+
+
+def train(cfg, stage, total, state, update, every=20):
+    """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.  -> path of the partial checkpoint, to be deleted
+
+    state: {name: object with state_dict}, saved every 30 s and restored when the program was killed.  Update i draws its random numbers from
+    (seed, stage, task, i), so a resumed run ends as if nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
+    path, key = output(cfg, stage), (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
+    partial = path.with_name(path.stem + ".partial.pt")
+    done, saved, pending = 0, time.time(), []
+    if partial.exists():
+        content = load_file(partial, cfg.device)
+        if content["stamp"] == stamp(cfg, stage):
+            done = content["done"]
+            for name, thing in state.items():
+                thing.load_state_dict(content["state"][name])
+            print(f"  {stage} resumes at {done:,} of {total:,}")
+    log, progress = Log(cfg, stage, done), Progress(stage, total, done)
+    for i in range(done, total):
+        pending.append(update(i, seed_everything(*key, i)))
+        if (i + 1) % every and i + 1 < total:
+            continue
+        metrics = {name: torch.stack([p[name].detach().float() for p in pending]).mean().item() for name in pending[-1]}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise InputError(f"stage {stage}: the term '{name}' became {value} between steps {i + 2 - len(pending)} and {i + 1}; {partial} holds the "
+                                 f"last good state, if one was saved: try a smaller learning rate (--{STAGES[stage][0]}...lr, see --help) and run again")
+        pending = []
+        log(i + 1, metrics)
+        progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
+        if time.time() - saved > 30 and i + 1 < total:
+            save(partial, dict(stamp=stamp(cfg, stage), done=i + 1, state={n: t.state_dict() for n, t in state.items()}))
+            saved = time.time()
+    return partial
+
+
+class Snapshots(dict):
+    """{iteration: weights}, saved and resumed with the rest of a training state."""
+
+    def state_dict(self):
+        return dict(self)
+
+    def load_state_dict(self, content):
+        self.update(content)
+
+
+class Progress:
+    """One line with the time left: rewritten on a terminal, printed every 15 seconds into a log file."""
+
+    def __init__(self, name, total, done=0):
+        self.name, self.total, self.first, self.start, self.shown = name, total, done, time.time(), 0.0
+
+    def __call__(self, done, text=""):
+        tty, now = sys.stdout.isatty(), time.time()
+        if now - self.shown < (0.5 if tty else 15) and done < self.total:
+            return
+        self.shown, rate = now, max(done - self.first, 1e-9) / (now - self.start + 1e-9)
+        left = int((self.total - done) / rate)
+        line = f"  {self.name:<14} {done:>7,}/{self.total:,}  {rate:8.1f}/s  {left // 60:3d}:{left % 60:02d} left  {text}"
+        if tty:
+            line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
+        print(line, end="\n" if not tty or done >= self.total else "", flush=True)
+
+
+class Log:
+    """runs/<name>/log.csv, long format: stage, task, step, metric, value.  Rows of a stage that is done again are replaced."""
+
+    def __init__(self, cfg, stage, first=sys.maxsize):
+        self.path, self.key = Path(cfg.runs) / cfg.run / "log.csv", [stage, cfg.task if STAGES[stage][2] else ""]
+        rows = list(csv.reader(self.path.open())) if self.path.exists() else []
+        keep = [r for r in rows if len(r) == 5 and r[0] != "stage" and (r[:2] != self.key or int(r[2]) <= first)]
+        text = "\n".join(",".join(r) for r in [["stage", "task", "step", "metric", "value"]] + keep) + "\n"
+        write_atomic(self.path, lambda p: p.write_text(text))
+
+    def __call__(self, step, metrics):
+        with self.path.open("a") as f:
+            f.writelines(",".join([*self.key, str(step), name, f"{value:.6g}"]) + "\n" for name, value in metrics.items())
+
+
+def read_log(cfg, stage, metric):
+    """(steps, values) of one metric of a stage."""
+    path, key = Path(cfg.runs) / cfg.run / "log.csv", [stage, cfg.task if STAGES[stage][2] else ""]
+    rows = [r for r in csv.reader(path.open()) if r[:2] == key and r[3] == metric] if path.exists() else []
+    return [int(r[2]) for r in rows], [float(r[4]) for r in rows]
+
+
+def in_processes(cfg, function, jobs, name):
+    """Yield function(job) for all jobs, in their order, from cfg.workers processes, with a progress line."""
+    progress = Progress(name, len(jobs))
+    with multiprocessing.get_context("spawn").Pool(min(cfg.workers, len(jobs)), _quiet) as pool:
+        for i, result in enumerate(pool.imap(function, jobs)):
+            progress(i + 1)
+            yield result
+
+
+def _quiet():
+    """A worker is one thread, and leaves Ctrl-C to its parent."""
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def stop_if_orphaned():
+    """A worker whose parent was killed must not go on writing files beside the run that resumes."""
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)

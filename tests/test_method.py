@@ -1,0 +1,1128 @@
+"""The method against closed forms: every formula of diwa.py that a reader would check on paper is checked here.
+
+    python -m pytest tests/test_method.py          # under a minute on one core, no recordings, no simulator
+"""
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Categorical, Normal, kl_divergence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import calvin_sim
+import diwa
+from data import InputError
+
+FEATURE = 11                                                # size of the made-up features
+
+
+def tiny(**changes):
+    """A configuration that is small enough for a unit test."""
+    small = dict(device="cpu", image_size=64, wm_codes=8, wm_depth=2, wm_z=4, wm_classes=5, wm_h=16, wm_hidden=16, wm_embed=16, bc_hidden=32,
+                 reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3, ft_epochs=2, ft_minibatches=2)
+    return diwa.Config(**{**small, **changes})
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    """Latents are their means, so that a rollout can be recomputed by hand."""
+    monkeypatch.setattr(diwa, "sample_latent", lambda stats, cfg: diwa.mean_std(stats)[0])
+
+
+def world(cfg):
+    return diwa.WorldModel(cfg).to(cfg.device).eval().requires_grad_(False)
+
+
+def sequence(cfg, wm, B=3, T=6, device="cpu"):
+    """Made-up embeddings, actions and commands [B, T, ...]."""
+    return [torch.randn(B, T, n, device=device) for n in (wm.embed_size, 7, 7)]
+
+
+def dream(cfg, wm, classifier=None, horizon=None):
+    """A DreamEnv whose starts are made up, at targets near the home pose."""
+    classifier = classifier or diwa.Classifier(cfg, wm.feature_size).to(cfg.device)
+    target = diwa.HOME_POSE + 0.01 * torch.randn(9, 6)
+    target = target.to(cfg.device)
+    command = diwa.encode_command(target, torch.ones(9, 1, device=cfg.device))
+    bank = torch.randn(9, wm.embed_size, device=cfg.device), command, target
+    return diwa.DreamEnv(cfg, wm, classifier, *bank, cfg.ft_dreams, horizon or cfg.ft_horizon)
+
+
+def optimizers_for(actor, critic):
+    return dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=1e-3), critic=torch.optim.AdamW(critic.parameters(), lr=1e-3))
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+class Fixed(nn.Module):
+    """A denoiser that ignores its input."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = nn.Parameter(torch.as_tensor(value, dtype=torch.float32))
+
+    def forward(self, x, t, feature):
+        return self.value.expand_as(x)
+
+
+class Perfect(nn.Module):
+    """The denoiser that knows the clean chunk, so its noise prediction is right at every t."""
+
+    def __init__(self, actor, clean):
+        super().__init__()
+        self.signal, self.noise, self.clean = actor.signal, actor.noise, clean
+
+    def forward(self, x, t, feature):
+        return (x - self.signal[t][:, None, None] * self.clean) / self.noise[t][:, None, None]
+
+
+def schedule(K):
+    """beta, alpha, alpha-bar and the alpha-bar before, from the definition, float64."""
+    f = [math.cos((i / K + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(K + 1)]
+    beta = np.array([min(max(1 - f[t + 1] / f[t], 0), 0.999) for t in range(K)])
+    bar = np.cumprod(1 - beta)
+    return beta, 1 - beta, bar, np.append(1, bar[:-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4  Actor: the schedule and one denoising step
+
+@pytest.mark.parametrize("K", [1, 10, 20, 100])
+def test_cosine_schedule(K):
+    """Signal and noise levels are those of the cosine schedule, and t = 0 is the cleanest step."""
+    actor, (_, _, bar, _) = diwa.DiffusionActor(tiny(bc_steps=K, ft_steps=1), FEATURE), schedule(K)
+    np.testing.assert_allclose(actor.signal, np.sqrt(bar), atol=1e-6)
+    np.testing.assert_allclose(actor.noise, np.sqrt(1 - bar), atol=1e-6)
+    assert (actor.signal.diff() < 0).all()
+
+
+@pytest.mark.parametrize("K", [10, 20, 100])
+def test_posterior_is_bayes_rule(K):
+    """q(x_{t-1} | x_t, x_0) = N(x_{t-1}; sqrt(bar_{t-1}) x_0, 1 - bar_{t-1}) * N(x_t; sqrt(alpha) x_{t-1}, beta), normalised."""
+    actor, (beta, alpha, bar, before) = diwa.DiffusionActor(tiny(bc_steps=K, ft_steps=1), FEATURE), schedule(K)
+    a, b, p, q = alpha[1:], beta[1:], before[1:], 1 - before[1:]
+    precision = 1 / q + a / b
+    np.testing.assert_allclose(actor.coef_x0[1:], np.sqrt(p) / q / precision, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(actor.coef_xt[1:], np.sqrt(a) / b / precision, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(actor.std[1:], precision ** -0.5, rtol=1e-4)
+    assert actor.coef_x0[0] == pytest.approx(1, abs=1e-6) and actor.coef_xt[0] == 0 and actor.std[0] < 1e-9   # the last step is the guess itself
+
+
+def test_mean_recovers_the_clean_chunk():
+    """With the true noise, the mean of step t is Bayes' mean for the true clean chunk, also for a tensor of mixed t."""
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    clean, noise, t = torch.rand(20, 4, 7) * 1.8 - 0.9, torch.randn(20, 4, 7), torch.arange(20)
+    x = actor.signal[:, None, None] * clean + actor.noise[:, None, None] * noise
+    got = actor.mean(lambda x, t, f: noise, x, t, None)
+    want = actor.coef_x0[:, None, None] * clean + actor.coef_xt[:, None, None] * x
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)                                # 1 / signal is 400 at t = 19
+    one = actor.mean(lambda x, t, f: noise[7:8], x[7:8], 7, None)
+    torch.testing.assert_close(one, got[7:8])
+
+
+def test_clean_guess_is_clipped():
+    """A guess of the clean chunk beyond the action range counts as +-1."""
+    actor, x = diwa.DiffusionActor(tiny(), FEATURE), torch.zeros(1, 4, 7)
+    got = actor.mean(Fixed(-50.0), x, 5, None)
+    torch.testing.assert_close(got, torch.full_like(x, actor.coef_x0[5].item()))
+
+
+def test_time_embedding():
+    """Eight sines and eight cosines, wavelengths from 2 pi to 2 pi 10^4."""
+    e = diwa.time_embedding(torch.tensor([0, 3]))
+    want = [3 * 10_000 ** (-i / 7) for i in range(8)]
+    np.testing.assert_allclose(e[0], [0] * 8 + [1] * 8, atol=1e-7)
+    np.testing.assert_allclose(e[1], np.sin(want).tolist() + np.cos(want).tolist(), atol=1e-5)
+
+
+def test_bc_loss_predicts_the_added_noise(monkeypatch):
+    """The training pair is x = signal * chunk + noise-level * noise at a t in 0..K-1, the target is the noise."""
+    actor, chunk, seen = diwa.DiffusionActor(tiny(), FEATURE), torch.rand(500, 4, 7) - 0.5, []
+    perfect = Perfect(actor, chunk)
+    actor.net = perfect
+    assert actor.bc_loss(torch.zeros(500, FEATURE), chunk) < 1e-6
+    perfect.forward = lambda x, t, f: seen.append(t) or x
+    actor.bc_loss(torch.zeros(500, FEATURE), chunk)
+    assert set(seen[0].tolist()) == set(range(20))
+
+
+@pytest.mark.parametrize("net, H", [("mlp", 4), ("mlp", 8), ("unet", 4), ("unet", 8)])
+def test_denoiser_shapes(net, H):
+    """Both denoisers keep the chunk's shape and listen to chunk, time and feature."""
+    cfg = tiny(bc_net=net, bc_chunk=H)
+    actor = diwa.build_actor(cfg, FEATURE)
+    x, t, f = torch.randn(3, H, 7), torch.tensor([0, 5, 19]), torch.randn(3, FEATURE)
+    y = actor.net(x, t, f)
+    assert y.shape == (3, H, 7)
+    for other in (actor.net(x + 1, t, f), actor.net(x, t + 1, f), actor.net(x, t, f + 1)):
+        assert (other - y).abs().flatten(1).amax(1).min() > 1e-4
+    torch.testing.assert_close(actor.net(x[1:2], t[1:2], f[1:2]), y[1:2], atol=1e-5, rtol=1e-4)   # rows do not mix
+    assert actor.sample_chain(f).shape == (3, 11, H, 7)
+
+
+def test_unet_refuses_odd_chunks():
+    """The UNet halves the chunk twice; a chunk of 6 must be refused in words."""
+    with pytest.raises(InputError, match="bc_chunk"):
+        diwa.build_actor(tiny(bc_net="unet", bc_chunk=6), FEATURE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4  Actor: the chain
+
+@pytest.mark.parametrize("K, tuned", [(20, 10), (20, 1), (20, 20), (5, 3), (1, 1)])
+@pytest.mark.parametrize("explore", [True, False])
+def test_chain_by_hand(K, tuned, explore):
+    """sample_chain is K steps with the frozen net while t >= K' and the tuned one after; it records chain[0] = output of the last frozen step
+    (the first noise when K' = K), and step j is t = K' - 1 - j."""
+    cfg = tiny(bc_steps=K, ft_steps=tuned)
+    actor, feature = diwa.DiffusionActor(cfg, FEATURE), torch.randn(4, FEATURE)
+    actor.base.load_state_dict(diwa.DiffusionActor(cfg, FEATURE).net.state_dict())          # base and net differ
+    torch.manual_seed(5)
+    chain = actor.sample_chain(feature, explore)
+    torch.manual_seed(5)
+    x, want = torch.randn(4, 4, 7), []
+    if tuned == K:
+        want.append(x)
+    for t in range(K - 1, -1, -1):
+        net, sigma = actor.base if t >= tuned else actor.net, actor.std[t].item()
+        std = max(sigma, 0.1) if explore else 0 if t == 0 else max(sigma, 1e-3)
+        with torch.no_grad():
+            x = actor.mean(net, x, t, feature) + std * torch.randn(4, 4, 7).clamp(-3, 3)
+        if t <= tuned:
+            want.append(x)
+    assert chain.shape == (4, tuned + 1, 4, 7)
+    torch.testing.assert_close(chain, torch.stack(want, 1))
+
+
+def test_exploration_noise_is_clipped(monkeypatch):
+    """Noise beyond three standard deviations is cut, so that a chunk cannot jump out of the data."""
+    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.zeros(2, FEATURE)
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 10.0))
+    chain = actor.sample_chain(feature)
+    last = actor.mean(actor.net, chain[:, -2], 0, feature)
+    torch.testing.assert_close(chain[:, -1], last + 3 * 0.1)
+
+
+def test_acting_adds_no_noise_at_the_last_step():
+    """What is executed outside of exploration is the mean of step t = 0, and agrees with chain[:, -1]."""
+    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.randn(5, FEATURE)
+    chain = actor.sample_chain(feature, explore=False)
+    torch.testing.assert_close(chain[:, -1], actor.mean(actor.net, chain[:, -2], 0, feature), rtol=0, atol=0)
+    torch.manual_seed(1)
+    chain = actor.sample_chain(feature, explore=False)
+    torch.manual_seed(1)
+    assert torch.equal(actor.act(feature), chain[:, -1])
+
+
+@pytest.mark.parametrize("tuned", [1, 3, 10, 20])
+def test_chain_logprob_by_hand(tuned):
+    """Step j has t = K' - 1 - j, the std max(sigma_t, floor) also at t = 0, and its element log-densities are averaged, not summed."""
+    actor, feature = diwa.DiffusionActor(tiny(ft_steps=tuned), FEATURE), torch.randn(4, FEATURE)
+    chain = actor.sample_chain(feature)
+    got = actor.chain_logprob(feature, chain)
+    assert got.shape == (4, tuned)
+    for j in range(tuned):
+        t = tuned - 1 - j
+        mean = actor.mean(actor.net, chain[:, j], t, feature)
+        want = Normal(mean, max(actor.std[t].item(), 0.1)).log_prob(chain[:, j + 1]).clamp(-5, 2).mean((1, 2))
+        torch.testing.assert_close(got[:, j], want, atol=1e-4, rtol=1e-4)
+
+
+def test_logprob_is_clamped():
+    """Element log-densities stay in [-5, 2]: no outlier owns a ratio, and a tiny std cannot blow it up."""
+    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.randn(2, FEATURE)
+    chain = actor.sample_chain(feature)
+    chain[:, 1:] += 100 * torch.arange(1, 11)[:, None, None]
+    assert (actor.chain_logprob(feature, chain) == -5).all()
+    x = torch.zeros(3)
+    assert (diwa.gaussian_logprob(x, x, torch.tensor(1e-3)) == 2).all()
+
+
+def test_logprob_floor_follows_the_flag():
+    """A wider --ft_std widens the density at every step whose own sigma is smaller, t = 0 included."""
+    feature, density = torch.randn(2, FEATURE), []
+    for floor in (0.1, 0.2):
+        torch.manual_seed(0)
+        actor = diwa.DiffusionActor(tiny(ft_steps=1, ft_std=floor), FEATURE)
+        chain = actor.sample_chain(feature, explore=False)
+        density.append(actor.chain_logprob(feature, chain).mean().item())
+    want = [-math.log(s) - 0.5 * math.log(2 * math.pi) for s in (0.1, 0.2)]                 # the executed chunk is the mean itself
+    assert density == pytest.approx(want, abs=1e-4)
+
+
+def test_frozen_steps_ignore_the_tuned_net():
+    """Wrecking the tuned net leaves the frozen part of the chain, chain[0], and everything with frozen=True as it was."""
+    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.randn(3, FEATURE)
+    def sample(frozen):
+        torch.manual_seed(3)
+        return actor.sample_chain(feature, frozen=frozen)
+    free, frozen = sample(False), sample(True)
+    torch.testing.assert_close(free, frozen)                                                # before any update both nets are one
+    with torch.no_grad():
+        for p in actor.net.parameters():
+            p.add_(0.5)
+    assert torch.equal(sample(False)[:, 0], free[:, 0]) and torch.equal(sample(True), frozen)
+    assert (sample(False)[:, 1] - free[:, 1]).abs().max() > 1e-3
+
+
+def test_base_gets_no_gradient():
+    """Neither cloning nor PPO with its anchor may move the frozen net."""
+    cfg = tiny()
+    actor, critic = diwa.DiffusionActor(cfg, FEATURE), diwa.mlp([FEATURE, 8, 1], nn.Mish, norm=False)
+    before = weights(actor.base)
+    optimizer = torch.optim.AdamW([p for p in actor.parameters() if p.requires_grad], lr=0.1)
+    b = minibatch(actor, 6)
+    for loss in (lambda: actor.bc_loss(b["feature"], b["chain"][:, -1]), lambda: diwa.ppo_loss(cfg, actor, critic, b)[0]):
+        optimizer.zero_grad()
+        loss().backward()
+        assert all(p.grad is None for p in actor.base.parameters())
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in actor.net.parameters())
+        optimizer.step()
+    assert torch.equal(weights(actor.base), before)
+
+
+@pytest.mark.parametrize("tuned", [0, -1, 21])
+def test_bad_fine_tuned_steps(tuned):
+    """K' outside 1..K is refused with a sentence that names the flag."""
+    with pytest.raises(InputError, match="ft_steps"):
+        diwa.DiffusionActor(tiny(ft_steps=tuned), FEATURE)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_ddim_agrees_with_a_perfect_denoiser(steps):
+    """With the true noise at every step, DDIM lands on the clean chunk, in however few steps; so does the ancestral sampler."""
+    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.zeros(3, FEATURE)
+    clean = torch.rand(3, 4, 7) * 1.8 - 0.9
+    actor.net = actor.base = Perfect(actor, clean)
+    got = actor.act_ddim(feature, steps)
+    assert got.shape == (3, 4, 7)
+    torch.testing.assert_close(got, clean, atol=1e-3 if steps > 1 else 2e-2, rtol=0)
+    torch.testing.assert_close(actor.act(feature), clean, atol=1e-4, rtol=0)
+
+
+def test_ddim_is_deterministic_given_the_noise():
+    """eta = 0: the only randomness is the first noise, so one draw decides the chunk."""
+    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.randn(3, FEATURE)
+    torch.manual_seed(2)
+    a = actor.act_ddim(feature)
+    after = torch.rand(1)
+    torch.manual_seed(2)
+    torch.randn(3, 4, 7)
+    assert torch.equal(torch.rand(1), after)
+    torch.manual_seed(2)
+    assert torch.equal(a, actor.act_ddim(feature)) and a.abs().max() <= 1
+
+
+def test_ema_warms_up():
+    """Early the average follows closely, late it has the configured memory: (1 + step) / (10 + step), at most the decay."""
+    a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    for step, keep in ((0, 0.1), (90, 0.91), (10 ** 6, 0.995)):
+        a.weight.data.fill_(0), b.weight.data.fill_(1)
+        diwa.ema_update(a, b, 0.995, step)
+        assert a.weight.item() == pytest.approx(1 - keep, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7  PPO
+
+def minibatch(actor, n):
+    """What ppo_loss eats, made of the actor's own chains; ratios are 1."""
+    feature = torch.randn(n, FEATURE)
+    with torch.no_grad():
+        chain = actor.sample_chain(feature)
+        return dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain), advantage=torch.randn(n), anchor=actor.sample_chain(feature, frozen=True),
+                    **{"return": torch.randn(n)})
+
+
+def zero_critic():
+    return diwa.mlp([FEATURE, 8, 1], nn.Mish, norm=False)
+
+
+def test_clip_schedule():
+    """epsilon grows exponentially from ft_clip_first at the noisiest step to ft_clip at the last; one link gets ft_clip, not NaN."""
+    cfg = tiny()
+    for links in (2, 3, 10, 20):
+        clip = diwa.clip_schedule(cfg, links, "cpu")
+        assert clip.shape == (links,) and (clip.diff() > 0).all()
+        assert clip[0].item() == pytest.approx(0.001) and clip[-1].item() == pytest.approx(0.01)
+    middle = 0.001 + 0.009 * (math.exp(1.5) - 1) / (math.exp(3) - 1)
+    assert diwa.clip_schedule(cfg, 3, "cpu")[1].item() == pytest.approx(middle)
+    assert diwa.clip_schedule(cfg, 1, "cpu").tolist() == pytest.approx([0.01])
+
+
+@pytest.mark.parametrize("kind", [dict(ft_steps=1), dict(ft_steps=10), dict(ft_steps=20), dict(bc_steps=1, ft_steps=1), dict(bc_actor="gaussian"), dict(bc_net="unet")])
+def test_ratio_is_one_before_any_update(kind):
+    """The stored log-probs are those of the same net: ratio 1 to the last bit, nothing clipped, kl 0, and all gradients finite."""
+    cfg = tiny(**kind)
+    actor, critic = diwa.build_actor(cfg, FEATURE), zero_critic()
+    b = minibatch(actor, 6)
+    loss, metrics = diwa.ppo_loss(cfg, actor, critic, b)
+    left = torch.arange(actor.links - 1, -1, -1)
+    want = -(b["advantage"][:, None] * 0.99 ** left).mean()
+    assert b["logprob"].shape == (6, actor.links)
+    assert metrics["kl"] == 0 and metrics["clipped"] == 0
+    torch.testing.assert_close(metrics["policy"], want, atol=1e-6, rtol=1e-5)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in actor.net.parameters())
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+@pytest.mark.parametrize("ratio", [0.95, 1.005, 1.3])
+def test_ppo_loss_by_hand(advantage, ratio):
+    """One row, one link: -min(A r, A clip(r)) + .5 (V - R)^2 + alpha * -log p(anchor)."""
+    cfg = tiny(ft_steps=1, ft_bc=0.3, ft_value=0.5)
+    actor, critic = diwa.DiffusionActor(cfg, FEATURE), zero_critic()
+    b = minibatch(actor, 1)
+    b["logprob"], b["advantage"], b["return"] = b["logprob"] - math.log(ratio), torch.tensor([advantage]), torch.tensor([3.0])
+    loss, metrics = diwa.ppo_loss(cfg, actor, critic, b)
+    policy = -min(advantage * ratio, advantage * min(max(ratio, 0.99), 1.01))
+    value = (critic(b["feature"]).item() - 3) ** 2
+    anchor = -actor.chain_logprob(b["feature"], b["anchor"]).item()
+    assert metrics["policy"].item() == pytest.approx(policy, rel=1e-4) and metrics["value"].item() == pytest.approx(value, rel=1e-4)
+    assert loss.item() == pytest.approx(policy + 0.5 * value + 0.3 * anchor, rel=1e-4)
+    assert metrics["clipped"].item() == (abs(ratio - 1) > 0.01)
+    assert metrics["kl"].item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-5)
+
+
+def test_denoising_discount_favours_the_last_step():
+    """Step j's advantage is discounted once for each step that is left: gamma^2, gamma, 1 for K' = 3."""
+    cfg = tiny(ft_steps=3, ft_gamma_denoise=0.5, ft_clip=0.9, ft_clip_first=0.9, ft_bc=0.0)
+    actor, critic = diwa.DiffusionActor(cfg, FEATURE), zero_critic()
+    b = minibatch(actor, 4)
+    b["advantage"] = torch.ones(4)
+    for j, discount in enumerate((0.25, 0.5, 1.0)):
+        moved = {**b, "logprob": b["logprob"].clone()}
+        moved["logprob"][:, j] -= math.log(1.5)
+        change = diwa.ppo_loss(cfg, actor, critic, moved)[1]["policy"] - diwa.ppo_loss(cfg, actor, critic, b)[1]["policy"]
+        assert change.item() == pytest.approx(-0.5 * discount / 3, rel=1e-4)
+
+
+def test_noisy_steps_have_the_tighter_clip():
+    """A ratio of 1.005 is clipped at the noisiest step and free at the last."""
+    cfg = tiny(ft_steps=2, ft_bc=0.0, ft_gamma_denoise=1.0)
+    actor, critic = diwa.DiffusionActor(cfg, FEATURE), zero_critic()
+    b = minibatch(actor, 3)
+    b["advantage"], b["logprob"] = torch.ones(3), b["logprob"] - math.log(1.005)
+    _, metrics = diwa.ppo_loss(cfg, actor, critic, b)
+    assert metrics["policy"].item() == pytest.approx(-(1.001 + 1.005) / 2, abs=2e-5) and metrics["clipped"].item() == pytest.approx(0.5)
+
+
+def test_anchor_pulls_towards_the_frozen_policy():
+    """alpha_BC multiplies the mean negative log-prob of the frozen policy's chains, and its gradient raises that log-prob."""
+    actor, critic = diwa.DiffusionActor(tiny(), FEATURE), zero_critic()
+    with torch.no_grad():
+        actor.net.last.bias.add_(0.3)
+    b = minibatch(actor, 16)
+    base, (with_bc, metrics) = diwa.ppo_loss(tiny(ft_bc=0.0), actor, critic, b)[0], diwa.ppo_loss(tiny(ft_bc=0.05), actor, critic, b)
+    before = actor.chain_logprob(b["feature"], b["anchor"]).mean()
+    torch.testing.assert_close(with_bc - base, -0.05 * before, atol=1e-5, rtol=1e-4)
+    metrics["anchor"].backward()
+    with torch.no_grad():
+        for p in actor.net.parameters():
+            p.sub_(0.02 * p.grad / p.grad.norm().clamp(min=1e-8))
+    assert actor.chain_logprob(b["feature"], b["anchor"]).mean() > before
+
+
+def test_gaussian_actor():
+    """The plain actor: one link whose density is Normal(tanh(net), ft_std); acting is the mean, frozen is the base net."""
+    actor, feature = diwa.build_actor(tiny(bc_actor="gaussian"), FEATURE), torch.randn(4, FEATURE)
+    chain = actor.sample_chain(feature)
+    mean = actor.mean(actor.net, feature)
+    assert chain.shape == (4, 2, 4, 7) and torch.equal(actor.act(feature), mean)
+    want = Normal(mean, 0.1).log_prob(chain[:, 1]).clamp(-5, 2).mean((1, 2))
+    torch.testing.assert_close(actor.chain_logprob(feature, chain)[:, 0], want, atol=1e-5, rtol=1e-4)
+    before = actor.act(feature, frozen=True)
+    nn.init.zeros_(actor.net[-1].weight), nn.init.zeros_(actor.net[-1].bias)
+    assert torch.equal(actor.act(feature, frozen=True), before) and (actor.act(feature) == 0).all()
+
+
+def random_episodes(T=14, B=5):
+    """Rewards, values and ends [T, B]; next_value is value[t + 1] except where an episode ends: there the true next feature has its own value."""
+    g = torch.Generator().manual_seed(3)
+    rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
+    end = rand(T, B) < 0.25
+    terminated = end & (rand(T, B) < 0.5)
+    value = rand(T, B)
+    following = torch.where(end, rand(T, B) + 5, torch.cat([value[1:], rand(1, B)]))
+    return rand(T, B), value, following, terminated, end & ~terminated
+
+
+def test_gae_is_the_brute_force_sum():
+    """A_t = sum_l (gamma lambda)^l delta_{t+l} up to the end of the dream; a truncated dream bootstraps from its own next feature."""
+    reward, value, following, terminated, truncated = random_episodes()
+    assert terminated.any() and truncated.any()
+    advantage, returns = diwa.gae(reward, value, following, terminated, truncated, 0.9, 0.8)
+    T, B = reward.shape
+    for e in range(B):
+        for t in range(T):
+            want = 0
+            for l in range(t, T):
+                bootstrap = 0 if terminated[l, e] else following[l, e]
+                want += (0.9 * 0.8) ** (l - t) * (reward[l, e] + 0.9 * bootstrap - value[l, e])
+                if terminated[l, e] or truncated[l, e]:
+                    break
+            assert advantage[t, e].item() == pytest.approx(float(want), abs=1e-9)
+    torch.testing.assert_close(returns, advantage + value)
+
+
+def test_gae_does_not_leak_across_episodes():
+    """Nothing that happens after an end, terminated or truncated, reaches an advantage before it."""
+    reward, value, following, _, _ = random_episodes()
+    for which in (0, 1):
+        ends = [torch.zeros_like(reward, dtype=torch.bool) for _ in range(2)]
+        ends[which][6] = True
+        a, _ = diwa.gae(reward, value, following, *ends, 0.99, 0.95)
+        later = [x.clone() for x in (reward, value, following)]
+        for x in later:
+            x[7:] += 100
+        b, _ = diwa.gae(*later, *ends, 0.99, 0.95)
+        assert torch.equal(a[:7], b[:7]) and not torch.equal(a[7:], b[7:])
+
+
+def test_gae_with_lambda_one_is_the_discounted_return():
+    """lambda = 1: returns are discounted rewards plus the bootstrap, whatever the values in between."""
+    reward, value, following, _, _ = random_episodes()
+    none = torch.zeros_like(reward, dtype=torch.bool)
+    following = torch.cat([value[1:], following[-1:]])
+    _, returns = diwa.gae(reward, value, following, none, none, 0.9, 1.0)
+    want = sum(0.9 ** t * reward[t] for t in range(14)) + 0.9 ** 14 * following[-1]
+    torch.testing.assert_close(returns[0], want)
+
+
+def test_reward_scaler_against_numpy():
+    """Rewards are divided by the std of all discounted returns seen so far, state carried from call to call and through a checkpoint."""
+    scaler, history, running, rng = diwa.RewardScaler(4), [], np.zeros(4), np.random.default_rng(0)
+    for call in range(3):
+        reward, ended = (rng.random((9, 4)) < 0.3) * rng.random((9, 4)), rng.random((9, 4)) < 0.2
+        for r, first in zip(reward, ended):
+            running = r + 0.9 * running * ~first
+            history.append(running)
+        got = scaler(torch.from_numpy(reward).float(), torch.from_numpy(ended), 0.9)
+        np.testing.assert_allclose(got, reward / np.std(history), rtol=1e-3)
+        fresh = diwa.RewardScaler(4)
+        fresh.load_state_dict(scaler.state_dict())
+        scaler = fresh
+    assert scaler(torch.full((1, 4), 1e6), torch.ones(1, 4, dtype=torch.bool), 0.9).max() <= 10
+    assert scaler(torch.full((1, 4), -1e9), torch.ones(1, 4, dtype=torch.bool), 0.9).min() >= -10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3  World model: latents, KL, GRU
+
+@pytest.mark.parametrize("unimix", [0.0, 0.01])
+def test_categorical_kl(unimix):
+    """KL of independent categoricals with a uniform share mixed in, summed over the latents, against torch.distributions."""
+    cfg, (p, q) = tiny(wm_latent="categorical", wm_unimix=unimix), torch.randn(2, 3, 20, dtype=torch.float32) * 2
+    a, b = (Categorical(probs=(1 - unimix) * x.view(3, 4, 5).softmax(-1) + unimix / 5) for x in (p, q))
+    torch.testing.assert_close(diwa.kl_divergence(p, q, cfg), kl_divergence(a, b).sum(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_unimix_bounds_the_probabilities():
+    """However extreme the logits, each class keeps its uniform share, so the KL stays finite."""
+    cfg = tiny(wm_latent="categorical", wm_unimix=0.01)
+    probs = diwa.log_probs(torch.tensor([500.0, 0, 0, 0, -500]).repeat(4), cfg).exp()
+    assert probs.min().item() == pytest.approx(0.002, rel=1e-4) and torch.allclose(probs.sum(-1), torch.ones(4))
+
+
+def test_gaussian_kl():
+    """KL of diagonal Gaussians, std = softplus(raw) + 0.1, against torch.distributions."""
+    p, q = torch.randn(2, 3, 8)
+    a, b = (Normal(x[:, :4], F.softplus(x[:, 4:]) + 0.1) for x in (p, q))
+    torch.testing.assert_close(diwa.kl_divergence(p, q, tiny()), kl_divergence(a, b).sum(-1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("latent, size", [("categorical", 20), ("gaussian", 8)])
+@pytest.mark.parametrize("balance", [0.0, 0.5, 0.8, 1.0])
+def test_balanced_kl(latent, size, balance):
+    """Balancing changes no value; it gives `balance` of the gradient to the prior and the rest to the posterior."""
+    cfg = tiny(wm_latent=latent, wm_balance=balance)
+    post, prior = torch.randn(3, size, requires_grad=True), torch.randn(3, size, requires_grad=True)
+    plain = diwa.kl_divergence(post, prior, cfg)
+    balanced = diwa.balanced_kl(post, prior, cfg)
+    torch.testing.assert_close(balanced, plain)
+    full, got = (torch.autograd.grad(x.sum(), (post, prior)) for x in (plain, balanced))
+    torch.testing.assert_close(got[0], (1 - balance) * full[0], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(got[1], balance * full[1], atol=1e-6, rtol=1e-4)
+
+
+def test_free_nats():
+    """Below the free nats an element counts as the floor and pulls at nothing; above, the KL is untouched."""
+    cfg, post = tiny(wm_free=1.0), torch.randn(2, 8)
+    prior = post.clone()
+    prior[1] += 5
+    post.requires_grad_(), prior.requires_grad_()
+    kl = diwa.balanced_kl(post, prior, cfg)
+    assert kl[0].item() == pytest.approx(1.0) and kl[1].item() == pytest.approx(diwa.kl_divergence(post, prior, cfg)[1].item())
+    kl.sum().backward()
+    assert (post.grad[0] == 0).all() and (prior.grad[0] == 0).all() and (prior.grad[1] != 0).any()
+
+
+def test_straight_through():
+    """Forward a one-hot; backward the softmax's Jacobian, p (w - <p, w>), whichever class was drawn."""
+    cfg, w = tiny(wm_latent="categorical", wm_unimix=0.0), torch.randn(2, 4, 5)
+    logits = torch.randn(2, 20, requires_grad=True)
+    z = diwa.sample_latent(logits, cfg)
+    assert z.shape == (2, 20)
+    torch.testing.assert_close(z.detach().view(2, 4, 5).sort(-1).values, torch.tensor([0.0, 0, 0, 0, 1]).expand(2, 4, 5), atol=1e-6, rtol=0)
+    (z.view(2, 4, 5) * w).sum().backward()
+    p = logits.detach().view(2, 4, 5).softmax(-1)
+    torch.testing.assert_close(logits.grad.view(2, 4, 5), p * (w - (p * w).sum(-1, keepdim=True)), atol=1e-6, rtol=1e-4)
+
+
+def test_latent_samples_follow_their_distribution():
+    """Drawn classes have the stated probabilities; Gaussian latents the stated mean and std, and they are reparametrised."""
+    cfg, logits = tiny(wm_latent="categorical", wm_z=1), torch.tensor([0.0, 1, 2, 3, -1])
+    share = diwa.sample_latent(logits.expand(20_000, 5), cfg).mean(0)
+    torch.testing.assert_close(share, diwa.log_probs(logits, cfg).exp()[0], atol=0.015, rtol=0)
+    stats = torch.tensor([1.0, -2, 0, 1]).requires_grad_()
+    z, (mean, std) = diwa.sample_latent(stats.expand(20_000, 4), tiny(wm_z=2)), diwa.mean_std(stats)
+    torch.testing.assert_close(z.mean(0), mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(z.std(0), std, atol=0.05, rtol=0)
+    assert torch.autograd.grad(z.mean(), stats)[0][:2].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_norm_gru_formula():
+    """One LayerNorm over all three gates, input order [x, h], gates in the order reset, candidate, update, and an update bias of -1."""
+    gru, x, h = diwa.NormGRU(3, 4), torch.randn(5, 3), torch.randn(5, 4)
+    with torch.no_grad():
+        gru.norm.weight.normal_(), gru.norm.bias.normal_()
+        got = gru(x, h).numpy()
+    pre = np.concatenate([x, h], 1) @ gru.linear.weight.detach().numpy().T
+    pre = (pre - pre.mean(1, keepdims=True)) / np.sqrt(pre.var(1, keepdims=True) + 1e-3)
+    pre = pre * gru.norm.weight.detach().numpy() + gru.norm.bias.detach().numpy()
+    sigmoid = lambda v: 1 / (1 + np.exp(-v))
+    reset, candidate, update = sigmoid(pre[:, :4]), pre[:, 4:8], sigmoid(pre[:, 8:] - 1)
+    np.testing.assert_allclose(got, update * np.tanh(reset * candidate) + (1 - update) * h.numpy(), atol=1e-5)
+
+
+def test_world_model_loss_is_the_stated_sum():
+    """image + .3 KL + proprio weight * pose, and the same likelihood again for dreamed frames; each part finite."""
+    for changes in (dict(wm_open=0.0), dict(wm_open=0.7, wm_proprio=3.0)):
+        cfg = tiny(**changes)
+        wm = diwa.WorldModel(cfg)
+        loss, m = diwa.world_model_loss(wm, observations(cfg), cfg)
+        want = m["image"] + 0.3 * m["kl"] + cfg.wm_proprio * m["pose"]
+        if cfg.wm_open:
+            want = want + 0.7 * (m["open_image"] + 3.0 * m["open_pose"])
+        torch.testing.assert_close(loss, want)
+        assert loss.isfinite() and ("open_image" in m) == bool(cfg.wm_open)
+
+
+def test_image_error_is_summed():
+    """Half the squared error summed over cameras, channels and pixels: averaged, the KL weight would mean something else."""
+    cfg = tiny(wm_encoder="conv")
+    wm, batch = world(cfg), observations(cfg)
+    feature = torch.randn(2, 6, wm.feature_size)
+    images = wm.decoder(feature[..., :-7])
+    want = sum(0.5 * ((i - (batch[k].float() / 127.5 - 1)) ** 2).flatten(2).sum(-1) for i, k in zip(images, ("rgb_static", "rgb_gripper")))
+    torch.testing.assert_close(wm.image_error(feature, batch), want)
+    assert [i.shape for i in images] == [(2, 6, 64, 64, 3)] * 2
+
+
+def moving_dot(n, size=16):
+    """u8 frames [n, S, S, 3] of a bright square that walks to the right, one pixel a frame."""
+    frames = torch.zeros(n, size, size, 3, dtype=torch.uint8)
+    for t in range(n):
+        frames[t, 5:9, [(t + k) % size for k in range(4)]] = 200
+    return frames
+
+
+def test_linear_codec_is_an_autoencoder():
+    """Principal components: decode(encode(x)) = x where the frames span few directions, and code distances are image distances."""
+    codec, frames = diwa.LinearCodec(tiny(image_size=16, wm_codes=40)), moving_dot(48)
+    for name in ("static", "gripper"):
+        codec.fit(name, frames)
+    codes = codec.encode(frames, frames)
+    assert codes.shape == (48, 60) and codec.size == 60
+    x = frames.float() / 127.5 - 1
+    for image in codec.decode(codes):
+        torch.testing.assert_close(image, x, atol=1e-3, rtol=0)
+    distance = (codes[0] - codes[5]).square().sum()
+    torch.testing.assert_close(distance, 2 * (x[0] - x[5]).square().sum(), atol=1e-2, rtol=1e-4)
+    assert codec.whiten(codes).isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5  Reward
+
+@pytest.mark.parametrize("tau", [0.1, 0.5])
+def test_nt_xent_brute_force(tau):
+    """Supervised contrastive loss, written as the double loop of the paper: the anchor is in neither sum."""
+    e, label = torch.randn(9, 5, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1, 0, 1, 0, 2])   # class 2 has no partner
+    z, total = F.normalize(e, dim=-1), 0.0
+    for i in range(9):
+        others = [j for j in range(9) if j != i]
+        partners = [j for j in others if label[j] == label[i]]
+        below = sum(math.exp(z[i] @ z[j] / tau) for j in others)
+        if partners:
+            total -= sum(math.log(math.exp(z[i] @ z[j] / tau) / below) for j in partners) / len(partners)
+    assert diwa.nt_xent(e, label, tau).item() == pytest.approx(total / 9, abs=1e-6)
+
+
+def test_classifier_loss_and_verdict():
+    """NT-Xent + .5 weighted cross-entropy; success is 1.0 exactly where class 1 wins; the verdict depends on the first feature too."""
+    cfg = tiny()
+    model = diwa.Classifier(cfg, FEATURE)
+    first, feature, label, weight = torch.randn(8, FEATURE), torch.randn(8, FEATURE), torch.arange(8) % 2, torch.rand(8)
+    embedding, logits = model(first, feature)
+    loss, _ = diwa.classifier_loss(model, first, feature, label, weight, cfg)
+    entropy = (F.cross_entropy(logits, label, reduction="none") * weight).sum() / weight.sum()
+    torch.testing.assert_close(loss, diwa.nt_xent(embedding, label, 0.5) + 0.5 * entropy)
+    assert torch.equal(model.success(first, feature), (logits[:, 1] > logits[:, 0]).float())
+    assert (model(first + 1, feature)[1] - logits).abs().min() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Actions and poses
+
+def test_executed_clips_and_binarises():
+    """The arm gets motions in [-1, 1] and a gripper of -1 or +1, as the simulator does; 0 opens."""
+    a = torch.tensor([[3.0, -3, 0.5, 0, 0, 0, 0.01], [0, 0, 0, 1.5, -1.5, 0.2, -0.01], [0, 0, 0, 0, 0, 0, 0.0]])
+    want = torch.tensor([[1.0, -1, 0.5, 0, 0, 0, 1], [0, 0, 0, 1, -1, 0.2, -1], [0, 0, 0, 0, 0, 0, 1]])
+    assert torch.equal(diwa.executed(a), want) and a[0, 0] == 3
+
+
+def test_pose_code_has_no_jump_and_an_inverse():
+    """Roll lies near +-pi, where Euler angles jump: the code must not; and decoding gives the same orientation back."""
+    pose = diwa.HOME_POSE.repeat(2, 1)
+    pose[:, 3] = torch.tensor([math.pi - 1e-3, -math.pi + 1e-3])
+    a, b = diwa.encode_pose(pose)
+    assert (a - b).abs().max() < 0.01
+    pose = diwa.HOME_POSE + torch.rand(50, 6) * torch.tensor([0.4, 0.4, 0.4, 2, 2, 2]) - torch.tensor([0.2, 0.2, 0.2, 1, 1, 1])
+    back = diwa.decode_pose(diwa.encode_pose(pose))
+    torch.testing.assert_close(back[:, :3], pose[:, :3])
+    torch.testing.assert_close(torch.cos(back[:, 3:] - pose[:, 3:]), torch.ones(50, 3))
+    assert diwa.encode_pose(diwa.HOME_POSE).abs().max() < 1e-6
+
+
+def test_proprio_code_keeps_every_number():
+    """Each of the 15 numbers of robot_obs moves its own slot of the code and no other, and home is near zero."""
+    obs = torch.cat([diwa.HOME_POSE, torch.tensor([0.04]), diwa.HOME_JOINTS, torch.tensor([1.0])])
+    code = diwa.encode_proprio(obs)
+    assert code.shape == (15,) and code[:14].abs().max() < 1e-5 and code[14] == 1
+    for i in range(15):
+        other = obs.clone()
+        other[i] += 0.01
+        assert (diwa.encode_proprio(other) - code).abs().gt(1e-4).nonzero().flatten().tolist() == [i]
+
+
+def robot_walk(n, rng):
+    """robot_obs [n, 15] of an arm that wanders about home, its roll on both sides of pi."""
+    robot = np.zeros((n, 15), np.float32)
+    robot[:, :6] = diwa.HOME_POSE.numpy() + rng.normal(size=(n, 6)) * 0.02
+    robot[:, 3] = (robot[:, 3] + np.pi) % (2 * np.pi) - np.pi
+    robot[:, 6], robot[:, 14] = 0.04, rng.choice([-1, 1], n)
+    robot[:, 7:14] = diwa.HOME_JOINTS.numpy()
+    return robot
+
+
+def test_commanded_targets_step_by_step():
+    """The vectorised integration of commands is the simulator's own advance_target, one step after the other, episode by episode."""
+    rng = np.random.default_rng(0)
+    robot, actions = robot_walk(30, rng), rng.uniform(-1, 1, (30, 7)).astype(np.float32)
+    episodes = np.array([[0, 11], [12, 12], [13, 29]])
+    got = diwa.commanded_targets(robot, actions, episodes)
+    for a, b in episodes:
+        target = robot[a, :6]
+        for t in range(a, b + 1):
+            np.testing.assert_allclose(got[t], target, atol=1e-6)
+            target = calvin_sim.advance_target(target, actions[t], robot[t, :6])
+
+
+def test_advance_target_is_one_code_path():
+    """numpy and torch integrate alike; a free arm moves 20 mm a unit; a blocked one does not wind up; inputs stay untouched."""
+    rng = np.random.default_rng(1)
+    target, action, tcp = robot_walk(8, rng)[:, :6], rng.uniform(-1, 1, (8, 7)).astype(np.float32), robot_walk(8, rng)[:, :6]
+    kept = target.copy()
+    got = calvin_sim.advance_target(*(torch.from_numpy(x) for x in (target, action, tcp)))
+    np.testing.assert_allclose(got, calvin_sim.advance_target(target, action, tcp), atol=1e-6)
+    assert np.array_equal(target, kept)
+    free = calvin_sim.advance_target(np.zeros(6), np.array([1.0, 0, 0, 0, 0, 1, 0]), np.zeros(6))
+    np.testing.assert_allclose(free, [0.02, 0, 0, 0, 0, 0.05])
+    blocked = np.zeros(6)
+    for _ in range(100):
+        blocked = calvin_sim.advance_target(blocked, np.ones(7), np.zeros(6))
+    np.testing.assert_allclose(blocked, [calvin_sim.WINDUP_POS] * 3 + [calvin_sim.WINDUP_ORN] * 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alignment: step t consumes the action executed before frame t
+
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+@pytest.mark.parametrize("which", ["action", "command"])
+def test_rollout_is_causal(latent, which):
+    """action[t] and command[t] reach the features from t on and never before: reconstruction would forgive a shift, dreams would not."""
+    cfg = tiny(wm_latent=latent)
+    wm = world(cfg)
+    embedding, action, command = sequence(cfg, wm)
+    def run():
+        torch.manual_seed(1)
+        seen, _, dreamed = wm.rollout(embedding, action, command, torch.tensor([1, 2, 3]))
+        return seen[..., :-7], dreamed[..., :-7]                                            # h and z
+    before = run()
+    (action if which == "action" else command)[:, 3] += 2
+    for a, b in zip(before, run()):
+        assert torch.equal(a[:, :3], b[:, :3])
+        assert (a[:, 3] - b[:, 3]).abs().amax(-1).min() > 1e-4                              # every row, at once
+
+
+def test_rollout_by_hand(no_noise):
+    """h_t = GRU(h_{t-1}, [z_{t-1}, a_t, c_t]) from zero; z_t from the posterior while watching, from the prior once the eyes are closed."""
+    cfg = tiny()
+    wm = world(cfg)
+    embedding, action, command = sequence(cfg, wm, B=1)
+    seen, (post, prior), dreamed = wm.rollout(embedding, action, command, torch.tensor([2]))
+    for blind, features in ((99, seen), (2, dreamed)):
+        h, z = torch.zeros(1, cfg.wm_h), torch.zeros(1, cfg.wm_z)
+        for t in range(6):
+            h = wm.step(h, z, action[:, t], command[:, t])
+            stats = wm.prior(h) if t >= blind else wm.posterior(h, embedding[:, t])
+            z = stats[:, :cfg.wm_z]
+            torch.testing.assert_close(features[:, t], torch.cat([h, z, command[:, t]], -1))
+            if blind == 99:
+                torch.testing.assert_close(post[:, t], stats), torch.testing.assert_close(prior[:, t], wm.prior(h))
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+def test_the_dreaming_stream_closes_its_eyes(latent):
+    """It equals the watching stream while t < context, then no frame can reach it; row by row, because contexts differ."""
+    cfg = tiny(wm_latent=latent)
+    wm = world(cfg)
+    embedding, action, command = sequence(cfg, wm)
+    context = torch.tensor([1, 3, 5])
+    def run(e):
+        torch.manual_seed(1)
+        seen, _, dreamed = wm.rollout(e, action, command, context)
+        return seen, dreamed
+    seen, dreamed = run(embedding)
+    late, early = embedding.clone(), embedding.clone()
+    for i, n in enumerate(context):
+        assert torch.equal(seen[i, :n], dreamed[i, :n]) and (seen[i, n:] - dreamed[i, n:]).abs().max() > 1e-3
+        late[i, n:] += 3
+        early[i, n - 1] += 3
+    seen2, dreamed2 = run(late)
+    assert torch.equal(dreamed2, dreamed) and not torch.equal(seen2, seen)
+    _, dreamed3 = run(early)
+    for i, n in enumerate(context):
+        assert torch.equal(dreamed3[i, :n - 1], dreamed[i, :n - 1]) and (dreamed3[i, n - 1:] != dreamed[i, n - 1:]).any()
+
+
+class FakeDataset:
+    """A recording in memory, with what Recording asks of a Dataset."""
+
+    def __init__(self, episodes, size=16):
+        rng, n = np.random.default_rng(0), episodes[-1][1] + 1
+        self.episodes, self.segments = np.array(episodes), []
+        actions = rng.uniform(-1, 1, (n, 7)).astype(np.float32)
+        actions[:, 6] = np.sign(actions[:, 6])
+        self.arrays = dict(robot_obs=robot_walk(n, rng), rel_actions=actions, scene_obs=np.zeros((n, 24), np.float32),
+                           rgb_static=moving_dot(n, size).numpy(), rgb_gripper=moving_dot(n, size).numpy()[::-1].copy())
+
+    def __getitem__(self, key):
+        return self.arrays[key]
+
+    def __len__(self):
+        return len(self.arrays["robot_obs"])
+
+
+def recorded(**changes):
+    cfg = tiny(image_size=16, wm_codes=12, **changes)
+    wm, dataset = diwa.WorldModel(cfg), FakeDataset([(0, 19), (20, 44)])
+    for name in ("static", "gripper"):
+        wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"]))
+    return cfg, wm, dataset, diwa.Recording(cfg, dataset, wm)
+
+
+def test_recording_shifts_actions_by_one():
+    """A window's action[t] is the one given at frame t - 1; the first is erased, as nothing came before; episodes do not touch."""
+    cfg, wm, dataset, recording = recorded()
+    batch = recording.batch(np.arange(3, 9)[None])
+    assert (batch["action"][0, 0] == 0).all()
+    np.testing.assert_array_equal(batch["action"][0, 1:], dataset["rel_actions"][3:8])
+    first = recording.batch(np.array([[19, 20, 21]]))                                       # 20 begins an episode
+    assert (first["action"][0, 1] == 0).all()
+    np.testing.assert_array_equal(first["action"][0, 2], dataset["rel_actions"][20])
+    target = diwa.commanded_targets(dataset["robot_obs"], dataset["rel_actions"], dataset.episodes)
+    np.testing.assert_allclose(batch["command"][0, :, :6], diwa.encode_pose(torch.from_numpy(target[3:9])))
+    np.testing.assert_array_equal(batch["command"][0, :, 6], dataset["rel_actions"][2:8, 6])
+    assert first["command"][0, 1, 6] == dataset["robot_obs"][20, 14]
+
+
+def test_the_robot_filters_as_training_does(no_noise):
+    """Agent, fed an episode frame by frame with the executed actions, computes the features that training saw: same order, same alignment."""
+    cfg, wm, dataset, recording = recorded()
+    wm.eval().requires_grad_(False)
+    batch = recording.batch(np.arange(20, 32)[None])
+    want, _, _ = wm.rollout(wm.embed(batch), batch["action"], batch["command"])
+    agent = diwa.Agent(cfg, wm, None)
+    agent.reset(1)
+    for t in range(12):
+        frame = {k: [dataset[k][20 + t]] for k in ("rgb_static", "rgb_gripper", "robot_obs")}
+        torch.testing.assert_close(agent.observe(frame), want[:, t], atol=1e-4, rtol=1e-4)
+        agent.action = torch.from_numpy(dataset["rel_actions"][20 + t:21 + t])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6  Dream
+
+def test_dream_step_integrates_the_command():
+    """Without a believed pose, the target moves 20 mm a unit and the command carries the gripper; the old state stays as it was."""
+    cfg = tiny(wm_proprio=0.0)
+    wm = world(cfg)
+    env = dream(cfg, wm)
+    env.reset()
+    state = {k: v.clone() for k, v in env.state.items()}
+    action = diwa.executed(torch.randn(6, 7))
+    new = diwa.dream_step(wm, env.state, action)
+    torch.testing.assert_close(new["target"][:, :3], state["target"][:, :3] + calvin_sim.MAX_REL_POS * action[:, :3])
+    torch.testing.assert_close(new["command"], diwa.encode_command(new["target"], action[:, 6:]))
+    torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action, new["command"]))
+    for k, v in state.items():
+        assert torch.equal(env.state[k], v)
+
+
+def test_dream_step_believes_its_own_pose():
+    """With proprioception the lead is measured from the pose that the model reads out of its feature, as the arm measures its own."""
+    cfg = tiny()
+    wm = world(cfg)
+    env = dream(cfg, wm)
+    feature, action = env.reset(), diwa.executed(torch.randn(6, 7))
+    pose = diwa.decode_pose(wm.proprio(feature[:, :-7])[:, :6])
+    torch.testing.assert_close(wm.tcp(feature), pose)
+    want = calvin_sim.advance_target(env.state["target"], action, pose)
+    torch.testing.assert_close(diwa.dream_step(wm, env.state, action)["target"], want)
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+def test_env_step_is_four_dream_steps(latent):
+    """DreamEnv.step(chunk) executes the H actions in order, clipped and binarised, with the prior's draws and no others."""
+    cfg = tiny(wm_latent=latent)
+    wm = world(cfg)
+    env = dream(cfg, wm)
+    env.reset()
+    now, chunk = env.state, torch.randn(6, 4, 7) * 2
+    torch.manual_seed(4)
+    final = env.step(chunk)[4]
+    torch.manual_seed(4)
+    for k in range(4):
+        now = diwa.dream_step(wm, now, diwa.executed(chunk[:, k]))
+    assert torch.equal(final, diwa.feature_of(now))
+
+
+def test_dreams_start_from_recorded_frames(no_noise):
+    """A start is the posterior of one recorded frame from the zero state, with no action before it: what training's first step is."""
+    cfg = tiny()
+    wm = world(cfg)
+    env = dream(cfg, wm)
+    feature = env.reset()
+    embedding, command, target = env.bank
+    want, _, _ = wm.rollout(embedding[:, None], torch.zeros(9, 1, 7), command[:, None])
+    distance = torch.cdist(feature, want[:, 0])
+    assert distance.min(1).values.max() < 1e-3 and len(set(distance.argmin(1).tolist())) > 1
+    assert torch.equal(env.state["target"], target[distance.argmin(1)])
+
+
+class Judge:
+    """A classifier that says what the test wants, and remembers what it was asked."""
+
+    def __init__(self):
+        self.verdict, self.asked = torch.zeros(6), []
+
+    def success(self, first, feature):
+        self.asked.append((first, feature))
+        return self.verdict
+
+
+def test_env_flags_and_restarts():
+    """Success ends a dream, the horizon cuts it, success at the horizon counts as success; an ended dream restarts, the others go on."""
+    cfg, judge = tiny(), Judge()
+    env = dream(cfg, world(cfg), judge, horizon=2)
+    begin = env.reset()
+    judge.verdict = torch.tensor([1.0, 0, 0, 0, 0, 0])
+    f1, r1, term1, trunc1, final1 = env.step(torch.randn(6, 4, 7))
+    assert r1.tolist() == [1, 0, 0, 0, 0, 0] and term1.tolist() == [True] + 5 * [False] and not trunc1.any()
+    assert torch.equal(f1[1:], final1[1:]) and (f1[0] - final1[0]).abs().max() > 1e-3       # the first begins anew
+    judge.verdict = torch.tensor([0, 1.0, 0, 0, 0, 0])
+    f2, r2, term2, trunc2, final2 = env.step(torch.randn(6, 4, 7))
+    assert term2.tolist() == [False, True] + 4 * [False]
+    assert trunc2.tolist() == [False, False] + 4 * [True]                                   # row 0 is one chunk old, row 1 succeeded in time
+    assert torch.equal(f2[0], final2[0]) and (f2[1:] - final2[1:]).abs().amax(1).min() > 1e-3
+    assert torch.equal(judge.asked[0][0], begin) and torch.equal(judge.asked[0][1], final1)
+    assert torch.equal(judge.asked[1][0][0], f1[0]) and torch.equal(judge.asked[1][0][1:], begin[1:])   # each against its own first feature
+    assert torch.equal(env.state["first"][1:], f2[1:]) and env.state["age"].tolist() == [1, 0, 0, 0, 0, 0]
+    assert torch.equal(diwa.feature_of(env.state), f2)
+
+
+def test_rollout_of_the_policy():
+    """dream_rollout stores what was true when it was sampled: features in order, log-probs of the chain, values of the true next feature."""
+    cfg = tiny()
+    wm = world(cfg)
+    env, actor = dream(cfg, wm, Judge()), diwa.build_actor(cfg, wm.feature_size)
+    critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
+    begin = env.reset()
+    roll, feature = diwa.dream_rollout(cfg, env, begin, actor, critic)
+    assert roll["feature"].shape == (5, 6, wm.feature_size) and roll["chain"].shape == (5, 6, 11, 4, 7) and roll["logprob"].shape == (5, 6, 10)
+    assert torch.equal(roll["feature"][0], begin) and torch.equal(diwa.feature_of(env.state), feature)
+    assert roll["truncated"].any(1).tolist() == [False, False, True, False, False]          # horizon 3
+    torch.testing.assert_close(roll["value"], critic(roll["feature"])[..., 0])
+    going = ~(roll["truncated"] | roll["terminated"])[:-1]
+    torch.testing.assert_close(roll["next_value"][:-1][going], roll["value"][1:][going])
+    assert (roll["next_value"][2] - roll["value"][3]).abs().min() > 0                       # across the cut they are different dreams
+    with torch.no_grad():
+        torch.testing.assert_close(actor.chain_logprob(roll["feature"][3], roll["chain"][3]), roll["logprob"][3])
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(wm_latent="categorical"), dict(bc_actor="gaussian"), dict(ft_steps=1), dict(ft_bc=0.0)])
+def test_fine_tuning_needs_no_simulator(kind, monkeypatch):
+    """With a simulator that cannot even be built, a PPO iteration in the dream runs; warm-up moves the critic alone."""
+    def refuse(*a, **k):
+        raise AssertionError("fine-tuning started a simulator")
+    monkeypatch.setattr(calvin_sim.Tabletop, "__init__", refuse)
+    cfg = tiny(**kind)
+    wm = world(cfg)
+    env, actor = dream(cfg, wm), diwa.build_actor(cfg, wm.feature_size)
+    critic, scaler = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False), diwa.RewardScaler(cfg.ft_dreams)
+    optimizers, ended, model = optimizers_for(actor, critic), torch.ones(6, dtype=torch.bool), weights(wm)
+    feature = env.reset()
+    for train_actor in (False, True):
+        before = [weights(m) for m in (actor.net, critic, actor.base)]
+        feature, ended, metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, train_actor)
+        after = [weights(m) for m in (actor.net, critic, actor.base)]
+        assert [not torch.equal(a, b) for a, b in zip(before, after)] == [train_actor, True, False]
+        assert feature.shape == (6, wm.feature_size) and ended.shape == (6,) and all(v.isfinite() for v in metrics.values())
+    assert torch.equal(weights(wm), model)                                                  # the world model is frozen
+
+
+def test_ppo_learns_a_bandit():
+    """End to end: rewarded for a positive first action, the policy makes it more often after a few dozen updates."""
+    cfg = tiny(ft_steps=3, bc_steps=5, ft_bc=0.0, ft_clip=0.1, ft_clip_first=0.02)
+    actor, critic = diwa.build_actor(cfg, FEATURE), zero_critic()
+    feature = torch.zeros(128, FEATURE)
+    before = actor.act(feature)[:, 0, 0].mean().item()
+    optimizer = torch.optim.AdamW(actor.net.parameters(), lr=1e-3)
+    for _ in range(25):
+        chain = actor.sample_chain(feature)
+        gain = chain[:, -1, 0, 0]
+        with torch.no_grad():
+            b = dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain), advantage=(gain - gain.mean()) / gain.std(), **{"return": gain})
+        for _ in range(4):
+            loss, _ = diwa.ppo_loss(cfg, actor, critic, b)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert actor.act(feature)[:, 0, 0].mean().item() > before + 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any device: on `meta` a tensor that was made on the wrong device, or a look at a value, is an error
+
+def observations(cfg, B=2, T=6):
+    """A made-up training batch on cfg.device."""
+    batch = {k: torch.randn(B, T, n) for k, n in (("action", 7), ("command", 7), ("proprio", 15))}
+    if cfg.wm_encoder == "linear":
+        batch["codes"] = torch.randn(B, T, cfg.wm_codes + cfg.wm_codes // 2)
+    else:
+        batch |= {k: torch.randint(0, 256, (B, T, 64, 64, 3), dtype=torch.uint8) for k in ("rgb_static", "rgb_gripper")}
+    return {k: v.to(cfg.device) for k, v in batch.items()}
+
+
+def test_meta_would_notice():
+    """The control: mixing devices, or asking for a value, does fail on meta."""
+    with pytest.raises(RuntimeError):
+        torch.ones(3, device="meta") + torch.ones(3)
+    with pytest.raises(RuntimeError):
+        torch.ones(3, device="meta").sum().item()
+    with pytest.raises(RuntimeError):
+        bool(torch.ones(3, device="meta").any())
+
+
+@pytest.mark.parametrize("encoder", ["linear", "conv"])
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+@pytest.mark.parametrize("changes", [dict(), dict(wm_open=0.0, wm_proprio=0.0), dict(wm_decode=0.5, wm_free=1.0)])
+def test_world_model_runs_on_any_device(encoder, latent, changes):
+    """The training step of the world model makes its tensors where its inputs are."""
+    cfg = tiny(device="meta", wm_encoder=encoder, wm_latent=latent, **changes)
+    wm = diwa.WorldModel(cfg).to("meta")
+    loss, metrics = diwa.world_model_loss(wm, observations(cfg), cfg)
+    loss.backward()
+    assert loss.is_meta and all(m.is_meta for m in metrics.values()) and next(wm.parameters()).grad.is_meta
+    feature = torch.randn(2, wm.feature_size, device="meta")
+    assert all(i.is_meta and i.dtype == torch.uint8 for i in wm.images(feature)) and wm.tcp(feature).is_meta
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+@pytest.mark.parametrize("kind", [dict(), dict(bc_net="unet"), dict(bc_actor="gaussian"), dict(ft_steps=1), dict(ft_steps=3), dict(wm_proprio=0.0)])
+def test_fine_tuning_runs_on_any_device(latent, kind):
+    """Dream, policy, reward scaling, GAE and PPO make their tensors where the dream is, and never look at a value."""
+    cfg = tiny(**{**dict(device="meta", wm_latent=latent, bc_steps=3, ft_steps=2, ft_chunks=2, ft_epochs=1), **kind})
+    wm = world(cfg)
+    env, actor = dream(cfg, wm), diwa.build_actor(cfg, wm.feature_size)
+    critic, scaler = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False).to("meta"), diwa.RewardScaler(cfg.ft_dreams).to("meta")
+    feature, ended = env.reset(), torch.ones(6, dtype=torch.bool, device="meta")
+    feature, ended, metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers_for(actor, critic), feature, ended, True)
+    assert feature.is_meta and ended.is_meta and all(v.is_meta for v in metrics.values())
+    chunk = torch.randn(6, 4, 7, device="meta")
+    assert actor.bc_loss(feature, chunk).is_meta and actor.act(feature).is_meta
+    if cfg.bc_actor == "diffusion":
+        assert actor.act_ddim(feature).is_meta
+    diwa.ema_update(actor.base, actor.net, 0.995, 3)
+
+
+def test_classifier_runs_on_any_device():
+    """The classifier's loss and verdict too."""
+    cfg = tiny(device="meta")
+    model = diwa.Classifier(cfg, FEATURE).to("meta")
+    first, feature = torch.randn(2, 8, FEATURE, device="meta")
+    label, weight = torch.zeros(8, dtype=torch.long, device="meta"), torch.ones(8, device="meta")
+    loss, metrics = diwa.classifier_loss(model, first, feature, label, weight, cfg)
+    assert loss.is_meta and all(m.is_meta for m in metrics.values()) and model.success(first, feature).is_meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training sanity
+
+def test_cloning_keeps_both_modes():
+    """Demonstrations that go either left or right: the loss falls, samples land on both modes and hardly between, which no mean can do."""
+    cfg = tiny(bc_hidden=128)
+    actor = diwa.build_actor(cfg, FEATURE)
+    optimizer, losses, feature = torch.optim.AdamW(actor.net.parameters(), lr=1e-2, betas=(0.9, 0.99)), [], torch.zeros(256, FEATURE)
+    for i in range(700):
+        diwa.cosine_lr(optimizer, 1e-2, i, 700, warmup=30, floor=0.02)
+        chunk = 0.5 * torch.randint(0, 2, (256, 1, 1)).mul(2).sub(1).expand(256, 4, 7).float()
+        loss = actor.bc_loss(feature, chunk)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    actor.base.load_state_dict(actor.net.state_dict())
+    side = actor.act(torch.zeros(400, FEATURE)).mean((1, 2))
+    assert np.mean(losses[-50:]) < 0.1 * np.mean(losses[:20])
+    assert ((side.abs() - 0.5).abs() < 0.2).float().mean() > 0.85 and 0.25 < (side > 0).float().mean() < 0.75
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+def test_world_model_learns_a_moving_dot(latent):
+    """The loss, watched and dreamed, falls over a few updates on a recording that is predictable."""
+    cfg, wm, dataset, recording = recorded(wm_latent=latent, wm_decode=1.0)
+    optimizer, rng, history = torch.optim.AdamW(wm.parameters(), lr=3e-3), np.random.default_rng(0), []
+    for i in range(60):
+        start = rng.integers(20, 34, 8)[:, None]
+        loss, metrics = diwa.world_model_loss(wm, recording.batch(start + np.arange(10)), cfg)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append([metrics["image"].item(), metrics["open_image"].item(), loss.item()])
+    assert (np.mean(history[-5:], 0) < 0.7 * np.mean(history[:5], 0)).all()

@@ -1,0 +1,166 @@
+"""The tabletop: predicates, determinism, restored states, the command's bound, lamps and the scripted expert."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import calvin_sim as cs                                                                    # noqa: E402
+
+STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def sim():
+    tabletop = cs.Tabletop(render=False)
+    yield tabletop
+    tabletop.close()
+
+
+@pytest.fixture(scope="module")
+def camera_sim():
+    tabletop = cs.Tabletop()
+    yield tabletop
+    tabletop.close()
+
+
+def start(task, seed=0):
+    return cs.sample_start(task, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("task, before, after, solved", [
+    ("open_drawer", 0.01, 0.131, True), ("open_drawer", 0.01, 0.129, False), ("close_drawer", 0.20, 0.079, True),
+    ("close_drawer", 0.20, 0.081, False), ("move_slider_left", 0.0, 0.151, True), ("move_slider_left", 0.0, 0.149, False),
+    ("move_slider_right", 0.28, 0.129, True), ("move_slider_right", 0.28, 0.131, False),
+    ("turn_on_lightbulb", 0, 1, True), ("turn_on_lightbulb", 1, 1, False), ("turn_off_lightbulb", 1, 0, True),
+    ("turn_on_led", 0, 1, True), ("turn_off_led", 1, 0, True), ("turn_off_led", 0, 0, False)])
+def test_predicates(task, before, after, solved):
+    first, now = np.zeros((3, 24)), np.zeros((3, 24))
+    first[1, cs.TASKS[task].index], now[1, cs.TASKS[task].index] = before, after
+    if before:
+        first[[0, 2], cs.TASKS[task].index] = now[[0, 2], cs.TASKS[task].index] = before
+    assert cs.success(task, first, now).tolist() == [False, solved, False]
+
+
+def test_starts_are_consistent_and_not_yet_done():
+    for task in cs.TASKS.values():
+        for seed in range(50):
+            robot, scene = start(task.name, seed)
+            limit = {0: 0.28, 1: 0.22, 4: 1, 5: 1}[task.index]
+            assert (limit - scene[task.index] > task.change) if task.change > 0 else scene[task.index] > -task.change
+            assert (scene[cs.SWITCH] > cs.BULB_AT) == scene[cs.BULB] and scene[cs.BUTTON] == 0
+            blocks = scene[6:].reshape(3, 6)[:, :2]
+            assert min(np.linalg.norm(blocks[i] - blocks[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.09
+            assert np.allclose(cs.forward_kinematics(robot[7:14])[0], robot[:6], atol=1e-5)
+
+
+def test_same_seed_same_pixels_whatever_ran_before(camera_sim):
+    def roll():
+        frames, rng = [camera_sim.reset(seed=3)], np.random.default_rng(0)
+        frames += [camera_sim.step(rng.uniform(-1, 1, 7)) for _ in range(15)]
+        return frames
+    first = roll()
+    cs.demo_episode(camera_sim, "turn_on_led", 0)
+    cs.play_episode(camera_sim, 1, 100)
+    for one, other in zip(first, roll()):
+        for key in one:
+            assert np.array_equal(one[key], other[key]), key
+
+
+def test_episode_is_a_function_of_its_seed(sim):
+    (demo, solved), play = cs.demo_episode(sim, "open_drawer", 5), cs.play_episode(sim, 5, 150)
+    fresh = cs.Tabletop(render=False)
+    assert all(np.array_equal(play[key], value) for key, value in cs.play_episode(fresh, 5, 150).items())
+    again, _ = cs.demo_episode(fresh, "open_drawer", 5)
+    assert solved and all(np.array_equal(demo[key], value) for key, value in again.items())
+    fresh.close()
+
+
+def test_recorded_state_is_restored(camera_sim):
+    episode, _ = cs.demo_episode(camera_sim, "move_slider_left", 0)
+    for t in (0, 20, len(episode["rel_actions"]) - 1):
+        obs = camera_sim.reset(episode["robot_obs"][t], episode["scene_obs"][t])
+        assert np.allclose(obs["robot_obs"], episode["robot_obs"][t], atol=1e-4)
+        assert np.allclose(obs["scene_obs"], episode["scene_obs"][t], atol=1e-4)
+        assert np.mean(np.abs(obs["rgb_static"].astype(int) - episode["rgb_static"][t]) > 20) < 0.002
+
+
+def test_frames_and_actions_line_up(sim):
+    episode, _ = cs.demo_episode(sim, "close_drawer", 2)
+    obs = sim.reset(episode["robot_obs"][0], episode["scene_obs"][0])
+    for t in range(len(episode["rel_actions"])):
+        assert np.allclose(obs["robot_obs"], episode["robot_obs"][t], atol=2e-3)
+        obs = sim.step(episode["rel_actions"][t])
+
+
+@pytest.mark.parametrize("bad", [[np.nan] + [0] * 6, [np.inf] + [0] * 6, [1.5] + [0] * 6, [0] * 6])
+def test_bad_action_is_refused(sim, bad):
+    sim.reset(seed=0)
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        sim.step(bad)
+    assert np.isfinite(sim.step(STILL)["robot_obs"]).all()
+
+
+def test_command_does_not_wind_up(sim):
+    sim.reset(*start("open_drawer"))
+    for _ in range(40):
+        before = sim.tcp.copy()
+        obs = sim.step([1, 0, 0, 0, 0, 1, 1])
+        lead = (sim.target - before + np.pi) % (2 * np.pi) - np.pi
+        assert (np.abs(lead) <= np.array([cs.WINDUP_POS] * 3 + [cs.WINDUP_ORN] * 3) + 1e-9).all()
+    assert np.allclose(obs["robot_obs"][:6], sim.tcp)
+
+
+def test_advance_target_wraps_the_roll():
+    target, tcp = np.array([0, 0, 0, np.pi - 0.01, 0, 0]), np.array([0, 0, 0, -np.pi + 0.01, 0, 0])
+    moved = cs.advance_target(target[None], np.ones((1, 7)), tcp[None])[0]
+    assert np.allclose(moved, tcp + [0.02, 0.02, 0.02, 0.03, 0.05, 0.05])
+
+
+def test_free_arm_answers_as_calvin_measured(sim):
+    robot, scene = start("open_drawer")
+    robot[7:14] = cs.HOME
+    x = [sim.reset(robot, scene)["robot_obs"][0]]
+    x += [sim.step([float(t == 0), 0, 0, 0, 0, 0, 1])["robot_obs"][0] for t in range(6)]
+    assert np.allclose((np.array(x[1:]) - x[0]) * 1000, [9.75, 15.2, 17.7, 18.9, 19.4, 19.65], atol=1.2)
+
+
+def test_led_toggles_once_a_press_and_bulb_follows_the_switch(sim):
+    _, scene = start("turn_on_led")
+    robot = start("turn_on_led")[0]
+    scene[cs.LED] = 0
+    sim.reset(robot, scene)
+    leds = []
+    for pressed in (0, 0.015, 0.018, 0.015, 0, 0.015):
+        cs.pb.resetJointState(sim.desk, sim.fixtures[cs.BUTTON], pressed, physicsClientId=sim.client)
+        sim._update_lamps()
+        leds.append(sim.led)
+    assert leds == [0, 1, 1, 1, 1, 0]
+    bulbs = []
+    for lifted in (0.0, 0.0439, 0.0441, 0.08, 0.0439):
+        cs.pb.resetJointState(sim.desk, sim.fixtures[cs.SWITCH], lifted, physicsClientId=sim.client)
+        sim._update_lamps()
+        bulbs.append(sim.bulb)
+    assert bulbs[1:] == [0, 1, 1, 0]
+
+
+def test_lamps_are_visible(camera_sim):
+    robot, scene = start("turn_on_led")
+    pictures = []
+    for lit in (0, 1, 0):
+        scene[cs.LED] = scene[cs.BULB] = lit
+        scene[cs.SWITCH] = 0.08 * lit
+        pictures.append(camera_sim.reset(robot, scene)["rgb_static"].astype(int))
+    assert (np.abs(pictures[1] - pictures[0])[:8].max(-1) > 60).sum() > 20 and np.array_equal(pictures[0], pictures[2])
+
+
+@pytest.mark.parametrize("task", list(cs.TASKS))
+def test_expert_solves_and_stillness_does_not(sim, task):
+    for seed in range(3):
+        episode, solved = cs.demo_episode(sim, task, seed)
+        assert solved and len(episode["rel_actions"]) < 120 and np.abs(episode["rel_actions"]).max() <= 1
+    scene = sim.reset(*start(task))["scene_obs"]
+    for _ in range(30):
+        obs = sim.step(STILL)
+    assert not any(cs.success(name, scene, obs["scene_obs"]) for name in cs.TASKS)
