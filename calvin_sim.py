@@ -13,16 +13,15 @@ World frame: x right, y into the desk, z up; metres, radians, extrinsic xyz Eule
                     6-11 / 12-17 / 18-23 red / blue / pink block: position, Euler
     action    [7]   dx dy dz (x 0.02 m), droll dpitch dyaw (x 0.05 rad), gripper (>= 0 opens), all in [-1, 1], 30 Hz
 
-Departures from CALVIN: plain colours and low-polygon links (a step with both pictures takes 2 ms instead of 50), the
-target pose may lead the measured one by WINDUP_* at most, reset restores the last gripper command, and an episode
-depends on its start and its actions only, never on what the process simulated before.
+Departures from CALVIN: plain colours and low-polygon links (a step with both pictures is 20 times faster); the target
+pose may lead the measured one by WINDUP_* at most; an episode depends on its start and its actions only.
 """
 import argparse
 import itertools
-import os
 import re
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +30,7 @@ import pybullet_data
 
 MAX_REL_POS, MAX_REL_ORN = 0.02, 0.05        # what an action of 1 moves the target: m, rad
 WINDUP_POS, WINDUP_ORN = 0.06, 0.15          # how far the target may lead the measured tcp, per component: m, rad
-SUBSTEPS, SUBSTEP = 8, 1 / 240               # physics steps per control step, and their length in s (30 Hz control)
+CONTROL_STEP, SUBSTEPS = 1 / 30, 8           # s, in as many physics steps
 ROBOT_BASE = (-0.34, -0.46, 0.24)
 HOME = np.array([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])  # CALVIN's default arm joints, rad
 HOME_TCP = np.array([0.0259, -0.2313, 0.5713])
@@ -96,8 +95,7 @@ def sample_robot(rng):
     while True:
         joints = HOME + rng.uniform(-0.2, 0.2, 7)
         tcp, axis = forward_kinematics(joints)
-        spread = np.abs(tcp[:3] - HOME_TCP)
-        if (spread < (0.12, 0.1, 0.1)).all() and tcp[2] > 0.525 and axis[2] < -0.96:
+        if (np.abs(tcp[:3] - HOME_TCP) < (0.12, 0.1, 0.1)).all() and tcp[2] > 0.525 and axis[2] < -0.96:
             opening = 0.08 if rng.random() < 0.5 else 0.0
             return np.concatenate([tcp, [opening], joints, [1.0 if opening else -1.0]]).astype(np.float32)
 
@@ -124,9 +122,8 @@ def forward_kinematics(joints):
         rotation = rotation @ euler_matrix(np.array(turn) * np.pi / 2) @ euler_matrix(np.array([0, 0, q]))
     rotation = rotation @ euler_matrix(np.array([0, 0, -np.pi / 4]))       # the hand is mounted at -45 degrees
     position = position + rotation[:, 2] * (0.107 + TCP_OFFSET)
-    euler = (np.arctan2(rotation[2, 1], rotation[2, 2]), -np.arcsin(rotation[2, 0]),
-             np.arctan2(rotation[1, 0], rotation[0, 0]))
-    return np.concatenate([position, euler]), rotation[:, 2]
+    roll, yaw = np.arctan2(rotation[2, 1], rotation[2, 2]), np.arctan2(rotation[1, 0], rotation[0, 0])
+    return np.array([*position, roll, -np.arcsin(rotation[2, 0]), yaw]), rotation[:, 2]
 
 
 def advance_target(target, action, tcp):
@@ -148,8 +145,9 @@ WOOD, DARK_WOOD, PALE_WOOD = (0.66, 0.47, 0.29), (0.46, 0.31, 0.19), (0.78, 0.60
 INSIDE, LEGS = (0.30, 0.20, 0.13), (0.40, 0.27, 0.17)
 DRAWER_GRIP, SLIDER_GRIP, SWITCH_GRIP = (0.22, 0.22, 0.25), (0.16, 0.25, 0.45), (0.45, 0.10, 0.40)
 BLACK, GREEN, YELLOW, LAMP_OFF = (0.05, 0.05, 0.05), (0.0, 0.9, 0.1), (1.0, 0.9, 0.0), (0.97, 0.97, 0.97)
-BLOCKS = (((0.056, 0.04, 0.04), (0.9, 0.05, 0.05)), ((0.04, 0.04, 0.04), (0.05, 0.1, 0.9)),
-          ((0.08, 0.04, 0.04), (1.0, 0.35, 0.75)))
+RED, BLUE, PINK = (0.9, 0.05, 0.05), (0.05, 0.1, 0.9), (1.0, 0.35, 0.75)
+BLOCKS = (((0.056, 0.04, 0.04), RED), ((0.04, 0.04, 0.04), BLUE), ((0.08, 0.04, 0.04), PINK))     # size, colour
+CORNERS = np.array(list(itertools.product((-0.5, 0.5), repeat=3)))
 FLAT, TILTED = (0, 0, 0), (-np.pi / 6, 0, 0)             # the cabinet's front leans back by 30 degrees
 
 
@@ -164,41 +162,43 @@ def box(x0, x1, y0, y1, z0, z1):
     return ((x0 + x1) / 2, (y0 + y1) / 2, (z0 + z1) / 2), (x1 - x0, y1 - y0, z1 - z0), FLAT
 
 
-# link -> list of (box, colour). Everything at joint position 0.
+# link -> colour -> boxes, everything at joint position 0
 DESK = {
-    "desk": [(box(-0.44, 0.44, -0.18, 0.18, 0.40, 0.44), WOOD), (box(-0.44, 0.44, 0.16, 0.18, 0.44, 0.63), INSIDE),
-             (box(-0.44, 0.44, 0.11, 0.18, 0.63, 0.649), DARK_WOOD), (panel(-0.44, -0.36, -0.02, 0, -0.054, 0.165), WOOD),
-             (panel(0.16, 0.44, -0.02, 0, -0.054, 0.165), PALE_WOOD), (box(-0.42, -0.36, -0.16, 0.16, 0, 0.40), LEGS),
-             (box(0.38, 0.44, -0.16, 0.16, 0, 0.40), LEGS)],
-    "slider": [(panel(-0.08, 0.16, -0.02, 0, -0.05, 0.165), DARK_WOOD),
-               (panel(0.019, 0.061, 0, 0.045, -0.012, 0.012), SLIDER_GRIP),
-               (panel(0.019, 0.061, 0, 0.045, 0.153, 0.177), SLIDER_GRIP),
-               (panel(0.019, 0.061, 0.033, 0.059, -0.012, 0.177), SLIDER_GRIP)],
-    "drawer": [(box(0, 0.36, -0.182, -0.157, 0.30, 0.395), PALE_WOOD), (box(0, 0.02, -0.157, 0.10, 0.31, 0.38), DARK_WOOD),
-               (box(0.34, 0.36, -0.157, 0.10, 0.31, 0.38), DARK_WOOD), (box(0.02, 0.34, -0.157, 0.10, 0.31, 0.32), WOOD),
-               (box(0.06, 0.30, -0.261, -0.238, 0.34, 0.38), DRAWER_GRIP),
-               (box(0.06, 0.084, -0.238, -0.182, 0.34, 0.38), DRAWER_GRIP),
-               (box(0.276, 0.30, -0.238, -0.182, 0.34, 0.38), DRAWER_GRIP)],
-    "button": [(box(-0.152, -0.088, -0.152, -0.088, 0.452, 0.486), BLACK)],
-    "switch": [(panel(0.24, 0.36, 0.010, 0.031, 0.02, 0.049), SWITCH_GRIP),
-               (panel(0.24, 0.255, 0, 0.010, 0.02, 0.049), SWITCH_GRIP),
-               (panel(0.345, 0.36, 0, 0.010, 0.02, 0.049), SWITCH_GRIP)],
-    "led": [(box(-0.203, -0.037, 0.137, 0.183, 0.645, 0.670), LAMP_OFF)],
-    "bulb": [(box(0.269, 0.331, 0.129, 0.191, 0.645, 0.700), LAMP_OFF)],
+    "desk": {WOOD: [box(-0.44, 0.44, -0.18, 0.18, 0.40, 0.44), panel(-0.44, -0.36, -0.02, 0, -0.054, 0.165)],
+             INSIDE: [box(-0.44, 0.44, 0.16, 0.18, 0.44, 0.63)], DARK_WOOD: [box(-0.44, 0.44, 0.11, 0.18, 0.63, 0.649)],
+             PALE_WOOD: [panel(0.16, 0.44, -0.02, 0, -0.054, 0.165)],
+             LEGS: [box(-0.42, -0.36, -0.16, 0.16, 0, 0.40), box(0.38, 0.44, -0.16, 0.16, 0, 0.40)]},
+    "slider": {DARK_WOOD: [panel(-0.08, 0.16, -0.02, 0, -0.05, 0.165)],
+               SLIDER_GRIP: [panel(0.019, 0.061, 0, 0.045, -0.012, 0.012), panel(0.019, 0.061, 0, 0.045, 0.153, 0.177),
+                             panel(0.019, 0.061, 0.033, 0.059, -0.012, 0.177)]},
+    "drawer": {PALE_WOOD: [box(0, 0.36, -0.182, -0.157, 0.30, 0.395)], WOOD: [box(0.02, 0.34, -0.157, 0.10, 0.31, 0.32)],
+               DARK_WOOD: [box(0, 0.02, -0.157, 0.10, 0.31, 0.38), box(0.34, 0.36, -0.157, 0.10, 0.31, 0.38)],
+               DRAWER_GRIP: [box(0.06, 0.30, -0.261, -0.238, 0.34, 0.38), box(0.06, 0.084, -0.238, -0.182, 0.34, 0.38),
+                             box(0.276, 0.30, -0.238, -0.182, 0.34, 0.38)]},
+    "button": {BLACK: [box(-0.152, -0.088, -0.152, -0.088, 0.452, 0.486)]},
+    "switch": {SWITCH_GRIP: [panel(0.24, 0.36, 0.010, 0.031, 0.02, 0.049), panel(0.24, 0.255, 0, 0.010, 0.02, 0.049),
+                             panel(0.345, 0.36, 0, 0.010, 0.02, 0.049)]},
+    "led": {LAMP_OFF: [box(-0.203, -0.037, 0.137, 0.183, 0.645, 0.670)]},
+    "bulb": {LAMP_OFF: [box(0.269, 0.331, 0.129, 0.191, 0.645, 0.700)]},
 }
 JOINTS = {"slider": ((-1, 0, 0), 1.54, 0.28), "drawer": ((0, -1, 0), 4.23, 0.22), "button": ((0, 0, -1), 0.15, 0.02),
           "switch": ((0, 0.5, 0.866), 0.24, 0.088)}     # axis, mass (kg), travel (m); in the order of scene_obs
 
 
-def faces_obj(parts):
-    """OBJ text of boxes without their lower faces, which no camera sees."""
-    corners, text = np.array(list(itertools.product((-0.5, 0.5), repeat=3))), ""
-    quads = ((0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (1, 5, 7, 3))     # left, right, front, rear, top
-    for i, (centre, size, rpy) in enumerate(parts):
-        vertices = corners * size @ euler_matrix(np.array(rpy)).T + centre
-        text += "".join("v {:.5f} {:.5f} {:.5f}\n".format(*v) for v in vertices)
-        for a, b, c, d in np.array(quads) + 8 * i + 1:
-            text += f"f {a} {b} {c}\nf {a} {c} {d}\n"
+def hulls_obj(clouds, corners=14):
+    """OBJ text of convex meshes, one for each cloud of points [N, 3]; of large ones only the extremes in a few directions."""
+    directions, text, count = np.random.default_rng(0).normal(size=(3, corners)), "", 1
+    for points in clouds:
+        points = np.unique(points[(points @ directions).argmax(0)], axis=0) if len(points) > corners else points
+        points = points + 1e-6 * np.sin(np.arange(points.size)).reshape(-1, 3)      # no four in a plane: no face twice
+        text += "".join("v {:.7f} {:.7f} {:.7f}\n".format(*v) for v in points)
+        for i, j, k in itertools.combinations(range(len(points)), 3):      # a face is a triple with no point beyond it
+            side = (points - points[i]) @ np.cross(points[j] - points[i], points[k] - points[i])
+            if side.max() < 1e-12:
+                text += f"f {i + count} {j + count} {k + count}\n"
+            elif side.min() > -1e-12:
+                text += f"f {i + count} {k + count} {j + count}\n"
+        count += len(points)
     return text
 
 
@@ -209,12 +209,12 @@ def desk_urdf(folder):
         axis, mass, upper = JOINTS.get(name, (None, 0, 0))
         text += f"<link name='{name}'><contact><lateral_friction value='0.5'/></contact><inertial><mass value='{mass}'/>"
         text += "<inertia ixx='.01' iyy='.01' izz='.01' ixy='0' ixz='0' iyz='0'/></inertial>"
-        for number, colour in enumerate(dict.fromkeys(colour for _, colour in parts)):     # one mesh a colour
-            mesh = f"{name}{number}"
-            write(folder, mesh + ".obj", faces_obj([part for part, painted in parts if painted == colour]))
-            text += f"<visual><geometry><mesh filename='{mesh}.obj'/></geometry>"
-            text += "<material name='{}'><color rgba='{} {} {} 1'/></material></visual>".format(mesh, *colour)
-        for (centre, size, rpy), _ in parts:
+        for number, (colour, boxes) in enumerate(parts.items()):
+            corners = [CORNERS * size @ euler_matrix(np.array(rpy)).T + centre for centre, size, rpy in boxes]
+            (folder / f"{name}{number}.obj").write_text(hulls_obj(corners))
+            text += f"<visual><geometry><mesh filename='{name}{number}.obj'/></geometry><material name='{name}{number}'>"
+            text += "<color rgba='{} {} {} 1'/></material></visual>".format(*colour)
+        for centre, size, rpy in itertools.chain(*parts.values()):
             text += "<collision><origin xyz='{} {} {}' rpy='{} {} {}'/>".format(*centre, *rpy)
             text += "<geometry><box size='{} {} {}'/></geometry></collision>".format(*size)
         text += "</link>"
@@ -222,58 +222,33 @@ def desk_urdf(folder):
             text += "<joint name='{0}' type='{1}'><parent link='desk'/><child link='{0}'/><axis xyz='{2} {3} {4}'/>".format(
                 name, "prismatic" if axis else "fixed", *(axis or (0, 0, 1)))
             text += f"<limit lower='0' upper='{upper}' effort='100' velocity='10'/></joint>"
-    return write(folder, "desk.urdf", text + "</robot>")
-
-
-def write(folder, name, text):
-    path = os.path.join(folder, name)
-    with open(path, "w") as file:
-        file.write(text)
-    return path
-
-
-def convex_obj(points, corners=14):
-    """A convex mesh as OBJ text: the hull of the extreme `points` [N, 3] in a few directions."""
-    rings = np.arange(corners)
-    height, angle = 1 - (2 * rings + 1) / corners, np.pi * (1 + 5 ** 0.5) * rings
-    directions = np.stack([np.cos(angle) * np.sqrt(1 - height ** 2), np.sin(angle) * np.sqrt(1 - height ** 2), height])
-    points = np.unique(points[(points @ directions).argmax(0)], axis=0) if len(points) > corners else points
-    points = points + 1e-6 * np.sin(np.arange(points.size)).reshape(-1, 3)      # no four in a plane: no face twice
-    text = "".join("v {:.5f} {:.5f} {:.5f}\n".format(*v) for v in points)
-    for i, j, k in itertools.combinations(range(len(points)), 3):      # a face is a triple with no point beyond it
-        normal = np.cross(points[j] - points[i], points[k] - points[i])
-        side = (points - points[i]) @ normal
-        if (side < 1e-12).all():
-            text += f"f {i + 1} {j + 1} {k + 1}\n"
-        elif (side > -1e-12).all():
-            text += f"f {i + 1} {k + 1} {j + 1}\n"
-    return text
+    (folder / "desk.urdf").write_text(text + "</robot>")
+    return str(folder / "desk.urdf")
 
 
 def panda_urdf(folder):
     """Write a low-polygon Panda with CALVIN's long fingers into `folder`; -> path of the URDF."""
-    source = os.path.join(pybullet_data.getDataPath(), "franka_panda")
-    with open(os.path.join(source, "panda.urdf")) as file:
-        text = file.read()
+    source = Path(pybullet_data.getDataPath(), "franka_panda")
+    text = (source / "panda.urdf").read_text()
     for mesh in set(re.findall(r"meshes/collision/(\w+)\.obj", text)):
-        with open(os.path.join(source, "meshes", "collision", mesh + ".obj")) as file:
-            points = np.array([line.split()[1:4] for line in file if line.startswith("v ")], float)
+        lines = (source / "meshes" / "collision" / (mesh + ".obj")).read_text().splitlines()
+        points = np.array([line.split()[1:4] for line in lines if line.startswith("v ")], float)
         if mesh == "finger":                             # a tapered box, 0.105 m long, inner face at y = 0
-            points = np.array([(x * s, y * w, z) for x, w, z in ((0.01, 0.018, 0), (0.008, 0.009, 0.105))
-                               for s in (-1, 1) for y in (0, 1)])
-        write(folder, mesh + ".obj", convex_obj(points))
+            ends = ((0.01, 0.018, 0), (0.008, 0.009, 0.105))
+            points = np.array([(x * side, y * w, z) for x, w, z in ends for side in (-1, 1) for y in (0, 1)])
+        (folder / (mesh + ".obj")).write_text(hulls_obj([points]))
     text = re.sub(r"package://meshes/\w+/(\w+)\.obj", r"\1.obj", text)
     # only the wrist, the hand and the fingers can touch the desk; the upper arm never reaches it
     for link in range(5):
         text = re.sub(rf"(<link name=\"panda_link{link}\">.*?)<collision>.*?</collision>", r"\1", text, flags=re.S)
     text = text.replace('xyz="0 0 0.105"', f'xyz="0 0 {TCP_OFFSET}"')     # its "grasptarget" becomes the tcp
-    return write(folder, "panda.urdf", text)
+    (folder / "panda.urdf").write_text(text)
+    return str(folder / "panda.urdf")
 
 
 # ---- The simulator ---------------------------------------------------------------------------------------------------
 STATIC_VIEW = pb.computeViewMatrix((2.8715, -2.1666, 2.5552), (-0.02624, -0.03023, 0.3920), (0.40414, 0.22630, 0.88626))
-STATIC_LENS = pb.computeProjectionMatrixFOV(10, 1, 0.01, 10)
-GRIPPER_LENS = pb.computeProjectionMatrixFOV(75, 1, 0.01, 2)
+STATIC_LENS, GRIPPER_LENS = pb.computeProjectionMatrixFOV(10, 1, 0.01, 10), pb.computeProjectionMatrixFOV(75, 1, 0.01, 2)
 GRIPPER_CAM = euler_matrix(np.array([1.3, 0, -1.57]))    # in the hand frame, 0.1 m behind it; looks along its y, up is -z
 
 
@@ -290,7 +265,8 @@ class Tabletop:
 
     def _load(self):
         c = dict(physicsClientId=self.client)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             urdf = dict(useFixedBase=True, flags=pb.URDF_USE_INERTIA_FROM_FILE, **c)
             self.robot, self.blocks = pb.loadURDF(panda_urdf(folder), ROBOT_BASE, **urdf), []
             for size, colour in BLOCKS:                  # what stands in front comes first: what it hides is not shaded
@@ -298,21 +274,25 @@ class Tabletop:
                 look = pb.createVisualShape(pb.GEOM_BOX, halfExtents=half, rgbaColor=(*colour, 1), **c)
                 shape = pb.createCollisionShape(pb.GEOM_BOX, halfExtents=half, **c)
                 self.blocks.append(pb.createMultiBody(1.0, shape, look, (0, 0, 1), **c))
-                pb.changeDynamics(self.blocks[-1], -1, lateralFriction=0.7, activationState=pb.ACTIVATION_STATE_ENABLE_SLEEPING, **c)
+                pb.changeDynamics(self.blocks[-1], -1, lateralFriction=0.7,
+                                  activationState=pb.ACTIVATION_STATE_ENABLE_SLEEPING, **c)
             self.desk = pb.loadURDF(desk_urdf(folder), **urdf)
+        floor = pb.createCollisionShape(pb.GEOM_BOX, halfExtents=(3, 3, 0.1), **c)     # a block may fall; not drawn: slow
+        pb.changeVisualShape(pb.createMultiBody(0, floor, -1, (0, 0, -0.1), **c), -1, rgbaColor=(0, 0, 0, 0), **c)
         names = [pb.getJointInfo(self.desk, i, **c)[1].decode() for i in range(6)]
         self.fixtures, self.lamp_links = [names.index(name) for name in JOINTS], [names.index("bulb"), names.index("led")]
 
     def _configure(self):
         c = dict(physicsClientId=self.client)
         pb.setGravity(0, 0, -9.8, **c)
-        # sorted contact pairs make the solver's order, hence the result, independent of the past
-        pb.setPhysicsEngineParameter(fixedTimeStep=SUBSTEPS * SUBSTEP, numSubSteps=SUBSTEPS, numSolverIterations=12,
-                                     solverResidualThreshold=1e-5, minimumSolverIslandSize=1, deterministicOverlappingPairs=1, **c)
+        pb.setPhysicsEngineParameter(fixedTimeStep=CONTROL_STEP, numSubSteps=SUBSTEPS, numSolverIterations=12,
+                                     solverResidualThreshold=1e-5, minimumSolverIslandSize=1, **c)
+        pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **c)     # the order of contacts: not as history had it
         for body in (self.robot, self.desk):
             for joint in range(pb.getNumJoints(body, **c)):
                 pb.changeDynamics(body, joint, linearDamping=0, angularDamping=0, jointDamping=0, **c)
-        gear = pb.createConstraint(self.robot, FINGERS[0], self.robot, FINGERS[1], pb.JOINT_GEAR, (1, 0, 0), *[(0, 0, 0)] * 2, **c)
+        ends = (self.robot, FINGERS[0], self.robot, FINGERS[1])
+        gear = pb.createConstraint(*ends, pb.JOINT_GEAR, (1, 0, 0), (0, 0, 0), (0, 0, 0), **c)
         pb.changeConstraint(gear, gearRatio=-1, erp=0.1, maxForce=50, **c)
         for joint in self.fixtures:
             pb.setJointMotorControl2(self.desk, joint, pb.VELOCITY_CONTROL, targetVelocity=0, force=4, **c)
@@ -327,14 +307,14 @@ class Tabletop:
                 index[data[:2]] = index.get(data[:2], -1) + 1
                 shapes.append((body, data[1], index[data[:2]], data[7][:3]))
         self.scenery = [shape for shape in shapes if shape[:2] == (self.desk, -1)]
-        hidden = [shape for shape in self.scenery if np.allclose(shape[3], LEGS)]
-        self.behind = hidden + [shape for shape in shapes if shape[0] == self.robot and shape[1] < HAND_LINK - 1]
+        self.behind = [shape for shape in shapes if shape[0] == self.robot and shape[1] < HAND_LINK - 1]
+        self.behind += [shape for shape in self.scenery if np.allclose(shape[3], LEGS)]
         self._paint([shape for shape in shapes if shape not in self.scenery], 0)
         self.background = self._shoot(STATIC_VIEW, STATIC_LENS)
         self._paint(shapes, 1)
 
     def close(self):
-        """Free the physics client. The object is of no use afterwards."""
+        """Free the physics client; the object is of no use afterwards. May be called twice."""
         if self.client is not None:
             pb.disconnect(self.client)
         self.client = None
@@ -362,9 +342,8 @@ class Tabletop:
             pb.resetBaseVelocity(body, (0, 0, 0), (0, 0, 0), **c)
             if abs(pose[2] - 0.46) < 0.002 and np.abs(pose[3:5]).max() < 0.01:     # asleep until touched: saves time
                 pb.changeDynamics(body, -1, activationState=pb.ACTIVATION_STATE_SLEEP, **c)
-        self.bulb, self.led = int(scene[BULB] > 0.5), int(scene[LED] > 0.5)
+        self.bulb, self.led, self.command = int(scene[BULB] > 0.5), int(scene[LED] > 0.5), 1.0 if robot[14] >= 0 else -1.0
         self.lifted = self.pressed = False               # CALVIN forgets both at a reset
-        self.command = 1.0 if robot[14] >= 0 else -1.0
         self._drive(robot[7:14])
         obs = self._observe()
         self.target = self.tcp.copy()
@@ -394,17 +373,16 @@ class Tabletop:
     def _update_lamps(self):
         joints = [state[0] for state in pb.getJointStates(self.desk, self.fixtures, self.client)]
         lifted, pressed = joints[SWITCH] > BULB_AT, joints[BUTTON] > LED_AT
-        if lifted != self.lifted:
-            self.bulb = int(lifted)
-        if pressed and not self.pressed:
-            self.led = 1 - self.led
+        self.bulb = int(lifted) if lifted != self.lifted else self.bulb
+        self.led = 1 - self.led if pressed and not self.pressed else self.led
         self.lifted, self.pressed = lifted, pressed
 
     def _observe(self):
         joints = [state[0] for state in pb.getJointStates(self.robot, ARM + FINGERS, self.client)]
-        position, orientation = pb.getLinkState(self.robot, TCP_LINK, computeForwardKinematics=1, physicsClientId=self.client)[4:6]
-        robot = np.array([*position, *pb.getEulerFromQuaternion(orientation), joints[7] + joints[8], *joints[:7],
-                          self.command], np.float32)
+        link = pb.getLinkState(self.robot, TCP_LINK, computeForwardKinematics=1, physicsClientId=self.client)
+        position, orientation = link[4:6]
+        euler, width = pb.getEulerFromQuaternion(orientation), joints[7] + joints[8]
+        robot = np.array([*position, *euler, width, *joints[:7], self.command], np.float32)
         scene = [state[0] for state in pb.getJointStates(self.desk, self.fixtures, self.client)] + [self.bulb, self.led]
         for body in self.blocks:
             place, turn = pb.getBasePositionAndOrientation(body, self.client)
@@ -430,7 +408,8 @@ class Tabletop:
         self._paint(self.behind, 0)                      # never before the hand camera, but it would cost time
         gripper = self._shoot(view, GRIPPER_LENS)[0]
         self._paint(self.behind, 1)
-        return _rgb(static), _rgb(gripper)
+        # channel by channel is four times faster than one strided copy
+        return [np.stack([p.view(np.uint8)[:, i::4] for i in range(3)], -1) for p in (static, gripper)]     # [S, S, 3] u8
 
     def _paint(self, shapes, alpha):
         """Show (alpha 1) or hide (0) shapes, given as (body, link, index, colour)."""
@@ -440,22 +419,17 @@ class Tabletop:
     def _shoot(self, view, lens):
         """-> picture [S, S] u32 (RGBA), depth [S, S] (nonlinear)."""
         size = self.image_size
-        picture, depth = pb.getCameraImage(size, size, view, lens, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK,
+        light = (-50, 30, 100)                           # the default, but said anew: left alone, its last bit changes
+        picture, depth = pb.getCameraImage(size, size, view, lens, light, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK,
                                            renderer=pb.ER_TINY_RENDERER, physicsClientId=self.client)[2:4]
         return np.reshape(picture, (size, size, 4)).view(np.uint32)[..., 0], np.reshape(depth, (size, size))
 
 
-def _rgb(packed):
-    """[S, S] u32 -> [S, S, 3] u8."""
-    channels, picture = packed[..., None].view(np.uint8), np.empty((*packed.shape, 3), np.uint8)
-    for i in range(3):                                   # four times faster than one strided copy
-        picture[..., i] = channels[..., i]
-    return picture
-
-
 # ---- The scripted expert: sees robot_obs and scene_obs, says a relative action ---------------------------------------
 class Waypoint(NamedTuple):
-    offset: tuple            # of the fingertips from the handle's centre, m
+    x: float                 # of the fingertips, from the centre of the handle, m
+    y: float
+    z: float
     at: float = None         # the handle where its joint is here (None: where it is now)
     precise: bool = False    # wait until the tip is there; aim with little noise
     slow: float = 1.0        # speed relative to the attempt's pace
@@ -475,40 +449,37 @@ DOWN = np.array([np.pi, 0, np.pi / 2])                   # the tool vertical, fi
 UNIT = np.array([MAX_REL_POS] * 3 + [MAX_REL_ORN] * 3)
 HANDLES = {  # joint -> centre of the handle at 0, direction of travel
     DRAWER: ((0.18, -0.2495, 0.36), (0, -1, 0)), SLIDER: ((0.04, 0.0, 0.545), (-1, 0, 0)),
-    SWITCH: ((0.30, 0.0205, 0.527), (0, 0.5, 0.866)), BUTTON: ((-0.12, -0.12, 0.486), (0, 0, -1)),
-}
+    SWITCH: ((0.30, 0.0205, 0.527), (0, 0.5, 0.866)), BUTTON: ((-0.12, -0.12, 0.486), (0, 0, -1))}
 
 
 def _slide(side, at):
     """Two ways to move the sliding door to one side (-1 left): straddle the handle, or push it with closed fingers."""
-    return (Skill(SLIDER, (Waypoint((0, -0.10, 0.03)), Waypoint((0, 0.012, -0.004), precise=True),
-                           Waypoint((0.07 * side, 0.012, -0.004), at=at)), leave=(0, -0.12, 0.03), opening=1.0),
-            Skill(SLIDER, (Waypoint((-0.06 * side, -0.09, 0.03)), Waypoint((-0.055 * side, 0.012, 0.0), precise=True),
-                           Waypoint((0.0, 0.012, 0.0), at=at)), leave=(-0.03 * side, -0.10, 0.03)))
+    straddle = Waypoint(0, -0.10, 0.03), Waypoint(0, 0.012, -0.004, precise=True), Waypoint(0.07 * side, 0.012, -0.004, at)
+    push = Waypoint(-0.06 * side, -0.09, 0.03), Waypoint(-0.055 * side, 0.012, 0, precise=True), Waypoint(0, 0.012, 0, at)
+    return Skill(SLIDER, straddle, (0, -0.12, 0.03), opening=1.0), Skill(SLIDER, push, (-0.03 * side, -0.10, 0.03))
 
 
-def _press(aside, opening):
+def _press(x, opening):
     """Press the button and let go, with closed fingers or with one of two open ones."""
-    return Skill(BUTTON, (Waypoint((aside, 0, 0.06)), Waypoint((aside, 0, -0.03), precise=True, slow=0.6),
-                          Waypoint((aside, 0, 0.05))), leave=(0, -0.02, 0.12), opening=opening, pace=(0.25, 0.42))
+    points = Waypoint(x, 0, 0.06), Waypoint(x, 0, -0.03, precise=True, slow=0.6), Waypoint(x, 0, 0.05)
+    return Skill(BUTTON, points, (0, -0.02, 0.12), opening=opening, pace=(0.25, 0.42))
 
 
-SKILLS = {  # task -> variants; the first is the commonest
-    "open_drawer": (
-        Skill(DRAWER, (Waypoint((0, 0.04, 0.11)), Waypoint((0, 0.035, -0.004), precise=True, slow=0.8),
-                       Waypoint((0, 0.0, -0.006), at=0.23, slow=0.9)), leave=(0, 0.03, 0.14), along=0.06),),
-    "close_drawer": (
-        Skill(DRAWER, (Waypoint((0, -0.07, 0.10)), Waypoint((0, -0.05, -0.004), precise=True),
-                       Waypoint((0, -0.02, -0.004), at=-0.03)), leave=(0, -0.06, 0.12), along=0.06),),
-    "move_slider_left": _slide(-1, 0.28),
-    "move_slider_right": _slide(1, 0.0),
-    "turn_on_lightbulb": (
-        Skill(SWITCH, (Waypoint((0, -0.07, -0.03)), Waypoint((0, -0.005, -0.034), precise=True),
-                       Waypoint((0, 0.0, 0.0), at=0.095)), leave=(-0.02, -0.10, 0.0), tilt=(-0.25, -0.70, 0), along=0.035),),
-    "turn_off_lightbulb": (
-        Skill(SWITCH, (Waypoint((0, -0.05, 0.06)), Waypoint((0, 0.015, 0.045), precise=True),
-                       Waypoint((0, 0.0, 0.0), at=-0.02)), leave=(-0.02, -0.10, 0.03), tilt=(-0.30, -0.50, 0), along=0.035),),
-    **dict.fromkeys(("turn_on_led", "turn_off_led"), (_press(0, -1.0), _press(0.04, 1.0))),
+SKILLS = {  # task -> variants; the first is the commoner
+    "open_drawer": [Skill(DRAWER, (
+        Waypoint(0, 0.04, 0.11), Waypoint(0, 0.035, -0.004, precise=True, slow=0.8), Waypoint(0, 0, -0.006, at=0.23, slow=0.9)),
+        (0, 0.03, 0.14), along=0.06)],
+    "close_drawer": [Skill(DRAWER, (
+        Waypoint(0, -0.07, 0.10), Waypoint(0, -0.05, -0.004, precise=True), Waypoint(0, -0.02, -0.004, at=-0.03)),
+        (0, -0.06, 0.12), along=0.06)],
+    "turn_on_lightbulb": [Skill(SWITCH, (
+        Waypoint(0, -0.07, -0.03), Waypoint(0, -0.005, -0.034, precise=True), Waypoint(0, 0, 0, at=0.095)),
+        (-0.02, -0.10, 0), tilt=(-0.25, -0.70, 0), along=0.035)],
+    "turn_off_lightbulb": [Skill(SWITCH, (
+        Waypoint(0, -0.05, 0.06), Waypoint(0, 0.015, 0.045, precise=True), Waypoint(0, 0, 0, at=-0.02)),
+        (-0.02, -0.10, 0.03), tilt=(-0.30, -0.50, 0), along=0.035)],
+    "move_slider_left": _slide(-1, 0.28), "move_slider_right": _slide(1, 0.0),
+    "turn_on_led": (_press(0, -1.0), _press(0.04, 1.0)), "turn_off_led": (_press(0, -1.0), _press(0.04, 1.0)),
 }
 
 
@@ -520,7 +491,7 @@ def _difference(pose, other):
 
 
 class Expert:
-    """Follows noisy waypoints by relative actions. `act(robot_obs [15], scene_obs [24]) -> action [7]`.
+    """Follows noisy waypoints by relative actions: act(robot_obs [15], scene_obs [24]) -> action [7].
 
     It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions.
     `error` (m) displaces the whole attempt: that is a near miss or a miss. `haste` speeds it up.
@@ -555,11 +526,8 @@ class Expert:
 
     def skip_ahead(self, robot_obs, scene_obs):
         """Drop the waypoints before the one where the arm already is: it may start at the handle."""
-        for i in range(len(self.queue) - 2, 0, -1):
-            point, noise = self.queue[i]
-            if np.linalg.norm(self._goal(point, noise, robot_obs, scene_obs)[:3] - robot_obs[:3]) < 0.035:
-                self.queue = self.queue[i:]
-                return
+        away = [np.linalg.norm(self._goal(*step, robot_obs, scene_obs)[:3] - robot_obs[:3]) for step in self.queue[:-1]]
+        self.queue = self.queue[max([i for i, distance in enumerate(away) if distance < 0.035], default=0):]
 
     def _goal(self, point, noise, robot_obs, scene_obs):
         euler = DOWN + self.tilt
@@ -567,7 +535,7 @@ class Expert:
             return np.concatenate([robot_obs[:3] + noise, euler])
         centre, travel = HANDLES[self.skill.joint]
         joint = scene_obs[self.skill.joint] if point.at is None else point.at
-        tip = np.array(centre) + np.array(travel) * joint + np.array(point.offset) + self.shift + noise
+        tip = np.array(centre) + np.array(travel) * joint + np.array(point[:3]) + self.shift + noise
         return np.concatenate([tip - TIP * euler_matrix(euler)[:, 2], euler])
 
     def _next_path(self, robot_obs, scene_obs):
@@ -591,8 +559,7 @@ class Expert:
             self._next_path(robot_obs, scene_obs)
         self.noise = 0.8 * self.noise + self.rng.normal(0, 0.05, 6)     # smooth: a hand, not a dice
         wish = self.noise.copy()
-        if self.path:
-            path = self.path
+        if path := self.path:
             path["t"] += 1
             share = min(path["t"] / path["steps"], 1.0)
             ease = 0.6 * share + 0.4 * share * share * (3 - 2 * share)
@@ -650,10 +617,7 @@ def _next_task(scene, last, rng):
 
 
 def play_episode(sim, seed, length):
-    """`length` frames of undirected play -> episode of arrays [length, ...]. A function of the seed alone.
-
-    A third of the attempts is displaced by up to 6 cm (near misses and misses), a tenth is given up on the way.
-    """
+    """`length` frames of play, a third of it near misses -> episode of arrays [length, ...]. A function of the seed."""
     rng, name = np.random.default_rng([seed, 0, 2]), None
     recorder = _Recorder(sim, sample_start(list(TASKS)[rng.integers(len(TASKS))], rng))
     while recorder.length < length:
@@ -683,13 +647,10 @@ def check(names, n):
         lengths = []
         for seed in range(n):
             episode, solved = demo_episode(sim, name, seed)
-            if solved:
-                done = np.append(success(name, episode["scene_obs"][0], episode["scene_obs"]), True)
-                lengths.append(int(np.argmax(done)))
-        share = np.mean(np.array(lengths) < 72)
-        print(f"{name:20s} {len(lengths):3d}/{n:<3d} {min(lengths):21d} {np.median(lengths):6.1f} {max(lengths):3d} {share:9.2f}",
-              flush=True)
-    sim.close()
+            done = success(name, episode["scene_obs"][0], episode["scene_obs"])
+            lengths += [np.append(done, True).argmax()] * solved
+        text = f"{name:20s} {len(lengths):3d}/{n:<3d} {min(lengths):21d} {np.median(lengths):6.1f} {max(lengths):3d}"
+        print(text, f"{np.mean(np.array(lengths) < 72):9.2f}", flush=True)
 
 
 def play_stats(steps):
@@ -706,9 +667,7 @@ def play_stats(steps):
                 if value - lowest > abs(task.change):
                     count, lowest = count + 1, value
         print(f"{name:20s} {count / len(scenes):5.1f} per 1,000 steps")
-    total = 1000 * len(scenes)
-    print(f"{total / wall:.0f} steps/s, {total / cpu:.0f} per CPU second, with both {sim.image_size}x{sim.image_size} pictures")
-    sim.close()
+    print("{:.0f} steps/s, {:.0f} per CPU second, both pictures".format(*(1000 * len(scenes) / t for t in (wall, cpu))))
 
 
 def view(out):
@@ -716,21 +675,19 @@ def view(out):
     import imageio.v2 as imageio
     sim, rows = Tabletop(128), []
     for name in TASKS:
-        episode, _ = demo_episode(sim, name, 0)
+        episode = demo_episode(sim, name, 0)[0]
         picks = np.linspace(0, len(episode["rel_actions"]) - 1, 8).astype(int)
-        rows.append(np.concatenate([np.concatenate(episode[key][picks], 1) for key in ("rgb_static", "rgb_gripper")], 0))
+        rows += [np.concatenate(episode[key][picks], 1) for key in ("rgb_static", "rgb_gripper")]
     imageio.imwrite(out, np.concatenate(rows, 0))
-    sim.close()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("check")
-    one.add_argument("--task", default="all", choices=["all", *TASKS])
-    one.add_argument("--n", type=int, default=100)
-    commands.add_parser("play-stats").add_argument("--steps", type=int, default=5000)
-    commands.add_parser("view").add_argument("--out", default="view.png")
+    parser.add_argument("command", choices=("check", "play-stats", "view"))
+    parser.add_argument("--task", default="all", choices=("all", *TASKS), help="what to check")
+    parser.add_argument("--n", type=int, default=100, help="random starts to check a task from")
+    parser.add_argument("--steps", type=int, default=5000, help="steps of play to count events in")
+    parser.add_argument("--out", default="view.png", help="where view writes its picture")
     args = parser.parse_args()
     if args.command == "check":
         check(list(TASKS) if args.task == "all" else [args.task], args.n)

@@ -44,9 +44,9 @@ import torch.nn.functional as F
 import calvin_sim
 import report
 from calvin_sim import TASKS, advance_target
-from data import Dataset, InputError, action_chunks, pack, save_part, window_starts, write_atomic
-from runs import (STAGES, Log, Snapshots, in_processes, known, load, output, parse, read_log, save, seed_everything, stamp, stamp_of,
-                  stop_if_orphaned, train, versions)
+from data import Dataset, InputError, action_chunks, window_starts, write_atomic
+from runs import (STAGES, Log, Snapshots, in_processes, known, load, output, pack_recorded, parse, read_log, record, save, seed_everything,
+                  stamp, stamp_of, train, versions)
 
 # ======================================================================================================================
 # 1  Config.  Every number of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -84,7 +84,7 @@ class Config:
     wm_embed: int = 256             # width of the fused embedding of one observation
     wm_updates: int = 4000          # gradient steps (paper: up to 2 M)
     wm_batch: int = 32              # sequences a batch (paper: 50)
-    wm_length: int = 40             # frames a sequence (paper: 50)
+    wm_length: int = 20             # frames a sequence (paper: 50)
     wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
@@ -94,8 +94,8 @@ class Config:
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
     wm_context: int = 5             # open loop starts after 1..wm_context frames
+    wm_gripper: float = 0.25        # weight of the gripper camera in the image loss: it has three quarters of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
-    wm_events: float = 0.5          # share of windows drawn where the scene changes, found in the pixels (paper: 0)
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
     # bc: the diffusion policy, section 4
     bc_actor: str = "diffusion"     # diffusion or gaussian
@@ -147,7 +147,7 @@ PRESETS = {
     "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
                 wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256, ft_iterations=40),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
-                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_events=0.0, wm_unimix=0.0, play_frames=500_000,
+                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
                   ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5),
     "smoke": dict(play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64, wm_embed=64, wm_z=16,
@@ -238,7 +238,7 @@ class LinearCodec(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(self.pixels))
             self.register_buffer(f"{name}_basis", torch.zeros(self.pixels, k))
             self.register_buffer(f"{name}_std", torch.ones(k))
-        self.size = sum(sizes.values())
+        self.sizes, self.size = list(sizes.values()), sum(sizes.values())
 
     def fit(self, name, frames):
         """frames [N, S, S, 3] u8, a sample of the recording."""
@@ -262,7 +262,7 @@ class LinearCodec(nn.Module):
     def decode(self, codes):
         """codes -> two images [..., S, S, 3] in -1..1."""
         side = int(math.sqrt(self.pixels // 3))
-        parts = codes.split([self.static_std.numel(), self.gripper_std.numel()], -1)
+        parts = codes.split(self.sizes, -1)
         return [(p @ getattr(self, f"{n}_basis").T + getattr(self, f"{n}_mean")).unflatten(-1, (side, side, 3))
                 for n, p in zip(("static", "gripper"), parts)]
 
@@ -374,8 +374,8 @@ class WorldModel(nn.Module):
         self.prior = mlp([cfg.wm_h, cfg.wm_hidden, stats_size(cfg)])
         self.post_h, self.post_e = nn.Linear(cfg.wm_h, cfg.wm_hidden), nn.Linear(self.embed_size, cfg.wm_hidden, bias=False)
         self.post_out = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU(), nn.Linear(cfg.wm_hidden, stats_size(cfg)))
-        self.decoder = ConvDecoder(cfg, cfg.wm_h + z) if self.conv else mlp([cfg.wm_h + z, 2 * e, 2 * e, self.codec.size])
-        self.proprio = mlp([cfg.wm_h + z, e, 15])
+        self.decoder = ConvDecoder(cfg, self.feature_size) if self.conv else mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
+        self.pose_head = mlp([self.feature_size, e, 15])
 
     def embed(self, obs):
         """obs: proprio [..., 15] and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E + 15]."""
@@ -425,22 +425,27 @@ class WorldModel(nn.Module):
         feature = torch.cat([torch.stack(hs, 1), torch.stack(zs, 1), command.repeat(streams, 1, 1)], -1)   # [streams * B, T, F]
         return feature[:B], (torch.stack(posts, 1), torch.stack(priors, 1)), feature[B:] if streams == 2 else None
 
+    def proprio(self, feature):
+        """What the model believes of the robot's own state [..., 15]; its pose is predicted as a lag behind the command."""
+        return self.pose_head(feature) + F.pad(feature[..., -7:-1], (0, 9))
+
     def tcp(self, feature):
         """The TCP pose [..., 6] (m, rad) that the model believes in."""
-        return decode_pose(self.proprio(feature[..., :-7])[..., :6])
+        return decode_pose(self.proprio(feature)[..., :6])
 
     def image_error(self, feature, batch):
         """Half the squared error summed over cameras, channels and pixels (-1..1), as a Gaussian likelihood has it: [B, T]."""
-        feature = feature[..., :-7]                                                                   # c is an input, not evidence
         if self.codec:
-            return 0.5 * (self.decoder(feature) - batch["codes"]).square().sum(-1)
-        images = self.decoder(feature)
-        return sum(0.5 * (image - (batch[k].float() / 127.5 - 1)).square().sum((-1, -2, -3))
-                   for image, k in zip(images, ("rgb_static", "rgb_gripper")))
+            parts = (self.decoder(feature) - batch["codes"]).square().split(self.codec.sizes, -1)
+            errors = [part.sum(-1) for part in parts]
+        else:
+            errors = [(image - (batch[k].float() / 127.5 - 1)).square().sum((-1, -2, -3))
+                      for image, k in zip(self.decoder(feature), ("rgb_static", "rgb_gripper"))]
+        return 0.5 * (errors[0] + self.cfg.wm_gripper * errors[1])
 
     def images(self, feature):
         """Decoded frames, u8 [..., S, S, 3] of both cameras."""
-        images = self.codec.decode(self.decoder(feature[..., :-7])) if self.codec else self.decoder(feature[..., :-7])
+        images = self.codec.decode(self.decoder(feature)) if self.codec else self.decoder(feature)
         return [((i + 1) * 127.5).clamp(0, 255).to(torch.uint8) for i in images]
 
 
@@ -456,7 +461,7 @@ def world_model_loss(wm, batch, cfg):
     seen = {k: v[:, times] for k, v in batch.items() if k in ("codes", "rgb_static", "rgb_gripper")}
     def likelihood(f):
         image = wm.image_error(f[:, times], seen)                                                     # [B, keep]
-        pose = 0.5 * (wm.proprio(f[..., :-7]) - batch["proprio"]).square().sum(-1)                     # [B, T]
+        pose = 0.5 * (wm.proprio(f) - batch["proprio"]).square().sum(-1)                     # [B, T]
         return image, pose
     image, pose = likelihood(feature)
     loss = image.mean() + cfg.wm_kl * kl + cfg.wm_proprio * pose.mean()
@@ -528,31 +533,6 @@ def commanded_targets(robot_obs, actions, episodes):
         now = first[lengths > t + 1] + t
         target[now + 1] = advance_target(target[now], actions[now], robot_obs[now, :6])
     return target
-
-
-def eventful_windows(dataset, starts, length, seed):
-    """Score windows by how much the scene changes apart from the arm, from pixels and proprioception alone.  -> [W] score
-
-    The arm explains most of what moves in a frame.  We regress small frames on random features of its joint angles; what is left over
-    is the scene, and an event is a lasting step in it: the mean of the next frames against the mean of the last ones."""
-    rng = np.random.default_rng(seed)
-    images = np.asarray(dataset["rgb_static"])
-    n, s = len(images), images.shape[1]
-    small = np.empty((n, 3 * 256), np.float32)
-    for a in range(0, n, 4000):
-        block = images[a:a + 4000].reshape(-1, 16, s // 16, 16, s // 16, 3)
-        small[a:a + 4000] = block.mean((2, 4), dtype=np.float32).reshape(len(block), -1) / 127.5
-    joints = np.concatenate([np.array(dataset["robot_obs"])[:, 6:14], np.ones((n, 1), np.float32)], 1)
-    basis = np.maximum(0, joints @ rng.normal(size=(9, 512)).astype(np.float32))
-    basis = torch.from_numpy(np.concatenate([basis, np.ones((n, 1))], 1).astype(np.float32))
-    gram = basis.T @ basis + 1e-1 * torch.eye(513)
-    left = torch.from_numpy(small) - basis @ torch.linalg.solve(gram, basis.T @ torch.from_numpy(small))
-    total = torch.cat([torch.zeros(1, left.shape[1]), left.cumsum(0)])                                # prefix sums
-    width = min(8, length // 3)
-    mean = (total[width:] - total[:-width]) / width                                                   # mean[i] = frames i..i+width-1
-    first = torch.from_numpy(starts)
-    change = (mean[first + length - width] - mean[first]).square().amax(1)                            # [W] biggest lasting change of a pixel
-    return change.numpy()
 
 
 @torch.no_grad()
@@ -668,7 +648,7 @@ class UNetDenoiser(nn.Module):
         self.down = nn.ModuleList([FiLMBlock(7, n[0], c), FiLMBlock(n[0], n[1], c), FiLMBlock(n[1], n[2], c)])
         self.halve = nn.ModuleList([nn.Conv1d(n[0], n[0], 3, 2, 1), nn.Conv1d(n[1], n[1], 3, 2, 1)])
         self.up = nn.ModuleList([FiLMBlock(2 * n[1], n[1], c), FiLMBlock(2 * n[0], n[0], c)])
-        self.double = nn.ModuleList([nn.ConvTranspose1d(n[2], n[1], 4, 2, 1), nn.ConvTranspose1d(n[1], n[0], 4, 2, 1)])
+        self.widen = nn.ModuleList([nn.ConvTranspose1d(n[2], n[1], 4, 2, 1), nn.ConvTranspose1d(n[1], n[0], 4, 2, 1)])
         self.last = nn.Conv1d(n[0], 7, 1)
 
     def forward(self, x, t, feature):
@@ -676,8 +656,8 @@ class UNetDenoiser(nn.Module):
         a = self.down[0](x, condition)                                                                # [N, 64, H]
         b = self.down[1](self.halve[0](a), condition)                                                 # [N, 128, H/2]
         x = self.down[2](self.halve[1](b), condition)                                                 # [N, 256, H/4]
-        x = self.up[0](torch.cat([self.double[0](x), b], 1), condition)
-        x = self.up[1](torch.cat([self.double[1](x), a], 1), condition)
+        x = self.up[0](torch.cat([self.widen[0](x), b], 1), condition)
+        x = self.up[1](torch.cat([self.widen[1](x), a], 1), condition)
         return self.last(x).transpose(1, 2)                                                           # [N, H, A]
 
 
@@ -1178,57 +1158,19 @@ def dream_on(cfg, agent, classifier, state, first):
     return solved.cpu().numpy()
 
 
-def evaluate(cfg, policy, seeds, record=0):
-    """Success in the simulator of one policy ("bc", "tuned", or a snapshot's iteration) from the start states of the seeds."""
-    plain = dataclasses.asdict(cfg)
-    jobs = [dict(cfg=plain, policy=policy, seeds=list(part), record=record * (i == 0)) for i, part in enumerate(np.array_split(seeds, cfg.workers))]
-    return [r for part in in_processes(cfg, evaluation_job, [j for j in jobs if j["seeds"]], f"eval {policy}") for r in part]
+def evaluate(cfg, policies, seeds, record=0):
+    """Every policy ("bc", "tuned" or a snapshot's iteration) in the simulator, from the start states of the seeds -> {policy: episodes}"""
+    plain, parts = dataclasses.asdict(cfg), [p for p in np.array_split(seeds, cfg.workers) if len(p)]
+    jobs = [dict(cfg=plain, policy=policy, seeds=part, record=record * (i == 0)) for policy in policies for i, part in enumerate(parts)]
+    results = {policy: [] for policy in policies}
+    for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation")):
+        results[job["policy"]] += episodes
+    return results
 
 
 # ======================================================================================================================
 # 9  Stages.  Each reads earlier results, writes its own, and can be run alone.
 # ======================================================================================================================
-
-def record_job(job):
-    """One simulator process records one episode to a file, unless it is there already."""
-    stop_if_orphaned()
-    path, kind, seed, size, length = Path(job["path"]), job["kind"], job["seed"], job["size"], job["length"]
-    if not path.exists():
-        sim = record_job.__dict__.setdefault("sim", None) or calvin_sim.Tabletop(size)               # one simulator a process
-        record_job.sim = sim
-        if kind == "play":
-            episode, solved = calvin_sim.play_episode(sim, seed, length), True
-        else:
-            episode, solved = calvin_sim.demo_episode(sim, kind, seed)
-        save_part(path, dict(episode, solved=np.array(solved)))
-    with np.load(path) as part:
-        return bool(part["solved"]), len(part["rel_actions"])
-
-
-def record(cfg, parts, wanted):
-    """Record wanted = {kind: (first seed, number of episodes, their length)}; episodes that the expert fails are replaced by the next seed's.
-
-    -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was interrupted"""
-    parts.mkdir(parents=True, exist_ok=True)
-    good, tried = {kind: [] for kind in wanted}, dict.fromkeys(wanted, 0)
-    while any(len(good[kind]) < wanted[kind][1] for kind in wanted):
-        jobs = []
-        for kind, (first, count, length) in wanted.items():
-            missing = count - len(good[kind])
-            jobs += [dict(path=str(parts / f"{kind}_{first + tried[kind] + k}.npz"), kind=kind, seed=first + tried[kind] + k, size=cfg.image_size, length=length)
-                     for k in range(missing)]
-            tried[kind] += missing
-            if tried[kind] > 3 * count + 20:
-                raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts of {kind}: see 'python calvin_sim.py check'")
-        for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes")):
-            good[job["kind"]] += [(job["path"], frames)] if solved else []
-    return good
-
-
-def pack_recorded(cfg, stage, folder, good):
-    meta = dict(source="built-in tabletop", stamp=stamp(cfg, stage), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
-    pack([path for kind in good for path, _ in good[kind]], folder, meta, [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]] or None)
-
 
 def stage_play(cfg):
     """Task-agnostic play for the world model, and demonstrations of all eight tasks that only ever judge it."""
@@ -1268,17 +1210,11 @@ def stage_wm(cfg):
     recording = Recording(cfg, dataset, wm)
     episodes, _ = dataset.split(0.1)
     starts = window_starts(episodes, cfg.wm_length)
-    score = eventful_windows(dataset, starts, cfg.wm_length, cfg.seed) if cfg.wm_events else None
-    weights = np.ones(len(starts)) / len(starts)
-    if cfg.wm_events:                                       # the upper quarter of the windows, where something lasting happened
-        top = score >= np.quantile(score, 0.75)
-        weights = (1 - cfg.wm_events) * weights + cfg.wm_events * top / top.sum()
-    cumulative = weights.cumsum()
-    optimizer = torch.optim.AdamW([p for p in wm.parameters()], lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
+    optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
 
     def update(i, rng):
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
-        first = starts[np.searchsorted(cumulative, rng.random(cfg.wm_batch) * cumulative[-1])]
+        first = rng.choice(starts, cfg.wm_batch)
         loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + np.arange(cfg.wm_length)), cfg)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -1417,13 +1353,11 @@ def load_policy(cfg, policy):
 def stage_eval(cfg):
     """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
     base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(TASKS).index(cfg.task)
-    seeds, curve_seeds = base + np.arange(cfg.eval_episodes), base + 5000 + np.arange(cfg.eval_curve)
-    results, curve = {}, {}
+    results = evaluate(cfg, ("bc", "tuned"), base + np.arange(cfg.eval_episodes), record=2)
     for policy, name in (("bc", "before"), ("tuned", "after")):
-        results[policy] = evaluate(cfg, policy, seeds, record=2)
         report.gif(output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif"), [f for r in results[policy] for f in r.pop("frames")])
-    for policy in ["bc"] + sorted(load(cfg, "finetune")["snapshots"], key=int):
-        curve["0" if policy == "bc" else policy] = float(np.mean([r["success"] for r in evaluate(cfg, policy, curve_seeds)]))
+    others = evaluate(cfg, ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)], base + 5000 + np.arange(cfg.eval_curve))
+    curve = {"0" if policy == "bc" else policy: float(np.mean([r["success"] for r in episodes])) for policy, episodes in others.items()}
     content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
     write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
 

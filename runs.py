@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Dataset, InputError, write_atomic
+import calvin_sim
+from data import Dataset, InputError, pack, save_part, write_atomic
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
     "play": ("play_", (), False),
@@ -35,6 +36,7 @@ STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a
     "finetune": ("ft_", ("bc", "reward"), True),
     "eval": ("eval_", ("finetune",), True),
 }
+SAVE_EVERY = 30                                             # seconds between partial checkpoints
 COMMON = ("seed", "sim", "image_size")                      # every stage depends on these
 
 
@@ -148,7 +150,7 @@ def seed_everything(*words):
 def train(cfg, stage, total, state, update, every=20):
     """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.  -> path of the partial checkpoint, to be deleted
 
-    state: {name: object with state_dict}, saved every 30 s and restored when the program was killed.  Update i draws its random numbers from
+    state: {name: object with state_dict}, saved every SAVE_EVERY seconds and restored when the program was killed.  Update i draws its random numbers from
     (seed, stage, task, i), so a resumed run ends as if nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
     path, key = output(cfg, stage), (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
     partial = path.with_name(path.stem + ".partial.pt")
@@ -173,7 +175,7 @@ def train(cfg, stage, total, state, update, every=20):
         pending = []
         log(i + 1, metrics)
         progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
-        if time.time() - saved > 30 and i + 1 < total:
+        if time.time() - saved > SAVE_EVERY and i + 1 < total:
             save(partial, dict(stamp=stamp(cfg, stage), done=i + 1, state={n: t.state_dict() for n, t in state.items()}))
             saved = time.time()
     return partial
@@ -249,3 +251,46 @@ def stop_if_orphaned():
     """A worker whose parent was killed must not go on writing files beside the run that resumes."""
     if not multiprocessing.parent_process().is_alive():
         os._exit(1)
+
+
+# --- recording ------------------------------------------------------------------------------------------------------------
+
+def record_job(job):
+    """One simulator process records one episode to a file, unless it is there already."""
+    stop_if_orphaned()
+    path, kind, seed, size, length = Path(job["path"]), job["kind"], job["seed"], job["size"], job["length"]
+    if not path.exists():
+        sim = record_job.__dict__.setdefault("sim", None) or calvin_sim.Tabletop(size)               # one simulator a process
+        record_job.sim = sim
+        if kind == "play":
+            episode, solved = calvin_sim.play_episode(sim, seed, length), True
+        else:
+            episode, solved = calvin_sim.demo_episode(sim, kind, seed)
+        save_part(path, dict(episode, solved=np.array(solved)))
+    with np.load(path) as part:
+        return bool(part["solved"]), len(part["rel_actions"])
+
+
+def record(cfg, parts, wanted):
+    """Record wanted = {kind: (first seed, number of episodes, their length)}; episodes that the expert fails are replaced by the next seed's.
+
+    -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was interrupted"""
+    parts.mkdir(parents=True, exist_ok=True)
+    good, tried = {kind: [] for kind in wanted}, dict.fromkeys(wanted, 0)
+    while any(len(good[kind]) < wanted[kind][1] for kind in wanted):
+        jobs = []
+        for kind, (first, count, length) in wanted.items():
+            missing = count - len(good[kind])
+            jobs += [dict(path=str(parts / f"{kind}_{first + tried[kind] + k}.npz"), kind=kind, seed=first + tried[kind] + k, size=cfg.image_size, length=length)
+                     for k in range(missing)]
+            tried[kind] += missing
+            if tried[kind] > 3 * count + 20:
+                raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts of {kind}: see 'python calvin_sim.py check'")
+        for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes")):
+            good[job["kind"]] += [(job["path"], frames)] if solved else []
+    return good
+
+
+def pack_recorded(cfg, stage, folder, good):
+    meta = dict(source="built-in tabletop", stamp=stamp(cfg, stage), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
+    pack([path for kind in good for path, _ in good[kind]], folder, meta, [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]] or None)

@@ -343,8 +343,8 @@ def minibatch(actor, n):
     feature = torch.randn(n, FEATURE)
     with torch.no_grad():
         chain = actor.sample_chain(feature)
-        return dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain), advantage=torch.randn(n), anchor=actor.sample_chain(feature, frozen=True),
-                    **{"return": torch.randn(n)})
+        return dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain), advantage=torch.randn(n),
+                    anchor=actor.sample_chain(feature, frozen=True), **{"return": torch.randn(n)})
 
 
 def zero_critic():
@@ -363,7 +363,8 @@ def test_clip_schedule():
     assert diwa.clip_schedule(cfg, 1, "cpu").tolist() == pytest.approx([0.01])
 
 
-@pytest.mark.parametrize("kind", [dict(ft_steps=1), dict(ft_steps=10), dict(ft_steps=20), dict(bc_steps=1, ft_steps=1), dict(bc_actor="gaussian"), dict(bc_net="unet")])
+@pytest.mark.parametrize("kind", [dict(ft_steps=1), dict(ft_steps=10), dict(ft_steps=20), dict(bc_steps=1, ft_steps=1),
+                                  dict(bc_actor="gaussian"), dict(bc_net="unet")])
 def test_ratio_is_one_before_any_update(kind):
     """The stored log-probs are those of the same net: ratio 1 to the last bit, nothing clipped, kl 0, and all gradients finite."""
     cfg = tiny(**kind)
@@ -621,15 +622,33 @@ def test_world_model_loss_is_the_stated_sum():
         assert loss.isfinite() and ("open_image" in m) == bool(cfg.wm_open)
 
 
-def test_image_error_is_summed():
-    """Half the squared error summed over cameras, channels and pixels: averaged, the KL weight would mean something else."""
-    cfg = tiny(wm_encoder="conv")
+def test_open_loop_loss_counts_dreamed_frames_only():
+    """The open-loop terms average over the frames from `context` on, row by row, and over no watched one."""
+    cfg = tiny(wm_decode=1.0, wm_context=4)
+    wm, batch, seen = world(cfg), observations(cfg, B=5), {}
+    rollout = wm.rollout
+    wm.rollout = lambda *args: seen.update(context=args[3], out=rollout(*args)) or seen["out"]
+    _, metrics = diwa.world_model_loss(wm, batch, cfg)
+    dreamed, pairs = seen["out"][2], [(i, t) for i, n in enumerate(seen["context"]) for t in range(n, 6)]
+    image, pose = wm.image_error(dreamed, batch), 0.5 * (wm.proprio(dreamed) - batch["proprio"]).square().sum(-1)
+    assert 1 <= seen["context"].min() < seen["context"].max() <= 4
+    for name, error in (("open_image", image), ("open_pose", pose)):
+        torch.testing.assert_close(metrics[name], torch.stack([error[p] for p in pairs]).mean())
+
+
+@pytest.mark.parametrize("encoder", ["conv", "linear"])
+def test_image_error_is_summed(encoder):
+    """Half the squared error summed over channels and pixels, or codes; averaged, the KL weight would mean something else.  The gripper camera has
+    its own weight."""
+    cfg = tiny(wm_encoder=encoder, wm_gripper=0.3)
     wm, batch = world(cfg), observations(cfg)
     feature = torch.randn(2, 6, wm.feature_size)
-    images = wm.decoder(feature[..., :-7])
-    want = sum(0.5 * ((i - (batch[k].float() / 127.5 - 1)) ** 2).flatten(2).sum(-1) for i, k in zip(images, ("rgb_static", "rgb_gripper")))
-    torch.testing.assert_close(wm.image_error(feature, batch), want)
-    assert [i.shape for i in images] == [(2, 6, 64, 64, 3)] * 2
+    if encoder == "conv":
+        static, gripper = (((i - (batch[k].float() / 127.5 - 1)) ** 2).flatten(2) for i, k in zip(wm.decoder(feature), ("rgb_static", "rgb_gripper")))
+        assert static.shape == gripper.shape == (2, 6, 64 * 64 * 3)
+    else:
+        static, gripper = ((wm.decoder(feature) - batch["codes"]) ** 2).split([8, 4], -1)
+    torch.testing.assert_close(wm.image_error(feature, batch), 0.5 * (static.sum(-1) + 0.3 * gripper.sum(-1)))
 
 
 def moving_dot(n, size=16):
@@ -673,7 +692,7 @@ def test_nt_xent_brute_force(tau):
 
 
 def test_classifier_loss_and_verdict():
-    """NT-Xent + .5 weighted cross-entropy; success is 1.0 exactly where class 1 wins; the verdict depends on the first feature too."""
+    """NT-Xent + .5 weighted cross-entropy; success is 1.0 exactly where class 1 wins; the verdict rests on the first feature and the change."""
     cfg = tiny()
     model = diwa.Classifier(cfg, FEATURE)
     first, feature, label, weight = torch.randn(8, FEATURE), torch.randn(8, FEATURE), torch.arange(8) % 2, torch.rand(8)
@@ -682,7 +701,10 @@ def test_classifier_loss_and_verdict():
     entropy = (F.cross_entropy(logits, label, reduction="none") * weight).sum() / weight.sum()
     torch.testing.assert_close(loss, diwa.nt_xent(embedding, label, 0.5) + 0.5 * entropy)
     assert torch.equal(model.success(first, feature), (logits[:, 1] > logits[:, 0]).float())
-    assert (model(first + 1, feature)[1] - logits).abs().min() > 0
+    assert (model(first + 1, feature + 1)[1] - logits).abs().max() > 1e-3
+    with torch.no_grad():
+        model.embedding[0].weight[:, :FEATURE] = 0                                          # blind to the first: the change is left
+    torch.testing.assert_close(model(first + 1, feature + 1)[1], model(first, feature)[1], atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -815,9 +837,10 @@ def test_the_dreaming_stream_closes_its_eyes(latent):
         early[i, n - 1] += 3
     seen2, dreamed2 = run(late)
     assert torch.equal(dreamed2, dreamed) and not torch.equal(seen2, seen)
-    _, dreamed3 = run(early)
+    seen3, dreamed3 = run(early)
     for i, n in enumerate(context):
-        assert torch.equal(dreamed3[i, :n - 1], dreamed[i, :n - 1]) and (dreamed3[i, n - 1:] != dreamed[i, n - 1:]).any()
+        assert torch.equal(dreamed3[i, :n - 1], dreamed[i, :n - 1]) and torch.equal(dreamed3[i, n - 1], seen3[i, n - 1])
+    assert not torch.equal(dreamed3, dreamed)               # the last watched frame does count
 
 
 class FakeDataset:
@@ -875,6 +898,25 @@ def test_the_robot_filters_as_training_does(no_noise):
         agent.action = torch.from_numpy(dataset["rel_actions"][20 + t:21 + t])
 
 
+def test_the_robot_executes_whole_chunks():
+    """Agent asks its actor once every H frames and gives the arm, and its own memory, what the arm can do: clipped, gripper binary."""
+    cfg, wm, dataset, _ = recorded()
+    class Actor:
+        asked = 0
+        def act(self, feature, frozen):
+            self.asked += 1
+            return torch.linspace(0.1, 0.4, 4)[None, :, None].expand(1, 4, 7) * torch.tensor([1.0, 1, 1, 1, 1, 9, -1])
+    actor = Actor()
+    agent = diwa.Agent(cfg, wm, actor)
+    agent.reset(1)
+    for t in range(6):
+        action = agent.act({k: [dataset[k][t]] for k in ("rgb_static", "rgb_gripper", "robot_obs")})
+        x = 0.1 * (t % 4 + 1)
+        np.testing.assert_allclose(action[0], [x, x, x, x, x, min(9 * x, 1), -1], atol=1e-6)
+        np.testing.assert_array_equal(agent.action, action)
+        assert actor.asked == t // 4 + 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 6  Dream
 
@@ -900,10 +942,13 @@ def test_dream_step_believes_its_own_pose():
     wm = world(cfg)
     env = dream(cfg, wm)
     feature, action = env.reset(), diwa.executed(torch.randn(6, 7))
-    pose = diwa.decode_pose(wm.proprio(feature[:, :-7])[:, :6])
+    pose = diwa.decode_pose(wm.proprio(feature)[:, :6])
     torch.testing.assert_close(wm.tcp(feature), pose)
     want = calvin_sim.advance_target(env.state["target"], action, pose)
     torch.testing.assert_close(diwa.dream_step(wm, env.state, action)["target"], want)
+    for p in wm.pose_head.parameters():                     # the pose is predicted as a lag behind the command: no lag, no difference
+        p.zero_()
+    torch.testing.assert_close(wm.tcp(feature), env.state["target"])
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
@@ -1004,6 +1049,24 @@ def test_fine_tuning_needs_no_simulator(kind, monkeypatch):
         assert [not torch.equal(a, b) for a, b in zip(before, after)] == [train_actor, True, False]
         assert feature.shape == (6, wm.feature_size) and ended.shape == (6,) and all(v.isfinite() for v in metrics.values())
     assert torch.equal(weights(wm), model)                                                  # the world model is frozen
+
+
+def test_iteration_bookkeeping(monkeypatch):
+    """What ppo_iteration hands on: restarts to the reward scaler, advantages of mean 0 and std 1, chains of the tuned and anchors of the frozen net."""
+    cfg = tiny(ft_epochs=1, ft_minibatches=1)
+    wm = world(cfg)
+    env, actor = dream(cfg, wm, Judge()), diwa.build_actor(cfg, wm.feature_size)
+    actor.net, actor.base = Perfect(actor, -0.5), Perfect(actor, 0.5)
+    critic, scaler, seen = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False), diwa.RewardScaler(6), {}
+    forward, loss = scaler.forward, diwa.ppo_loss
+    monkeypatch.setattr(scaler, "forward", lambda reward, ended, gamma: seen.update(ended=ended, gamma=gamma) or forward(reward, ended, gamma))
+    monkeypatch.setattr(diwa, "ppo_loss", lambda cfg, actor, critic, b: seen.update(b) or loss(cfg, actor, critic, b))
+    optimizers = dict(critic=torch.optim.AdamW(critic.parameters()))
+    diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, env.reset(), torch.tensor([True] * 5 + [False]), False)
+    assert seen["ended"].tolist() == [[True] * 5 + [False]] + [[False] * 6] * 2 + [[True] * 6] + [[False] * 6]   # horizon 3, 5 chunks
+    assert seen["gamma"] == cfg.ft_gamma and len(seen["advantage"]) == 30
+    assert seen["advantage"].mean().abs() < 1e-5 and seen["advantage"].std().item() == pytest.approx(1, abs=1e-3)
+    assert seen["chain"][:, -1].mean().item() == pytest.approx(-0.5, abs=0.05) and seen["anchor"][:, -1].mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_ppo_learns_a_bandit():

@@ -1,0 +1,111 @@
+"""How fast is it?  python tests/bench.py prints one table: simulator, world model, dream and PPO, on one core and this machine's matmul rate.
+
+FLOPs are counted by torch's own counter over one update; "share" is FLOPs a second over what a 512 x 512 float32 matmul reaches on the same
+thread count in the same minute."""
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import calvin_sim
+import diwa
+
+
+def rate(call, seconds=4.0):
+    """Calls a second: the median over repeats, after one warm-up call."""
+    call()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        t = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - t)
+    return 1 / float(np.median(times))
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def bench_simulator():
+    sim, rng = calvin_sim.Tabletop(64), np.random.default_rng(0)
+    expert_task = "open_drawer"
+    obs = sim.reset(*calvin_sim.sample_start(expert_task, rng))
+    state = dict(obs=obs, expert=calvin_sim.Expert(expert_task, rng))
+
+    def block():                                            # 100 steps of the expert at work: contacts and renders as in a recording
+        for _ in range(100):
+            if state["expert"].done:
+                state.update(obs=sim.reset(*calvin_sim.sample_start(expert_task, rng)), expert=calvin_sim.Expert(expert_task, rng))
+            state["obs"] = sim.step(state["expert"].act(state["obs"]["robot_obs"], state["obs"]["scene_obs"]))
+    return 100 * rate(block, 6)
+
+
+def world_model_update(cfg, wm):
+    B, T = cfg.wm_batch, cfg.wm_length
+    batch = {k: torch.randn(B, T, n) for k, n in (("action", 7), ("command", 7), ("proprio", 15))}
+    if wm.codec:
+        batch["codes"] = torch.randn(B, T, wm.codec.size)
+    else:
+        batch.update({k: torch.randint(0, 255, (B, T, 64, 64, 3), dtype=torch.uint8) for k in ("rgb_static", "rgb_gripper")})
+    optimizer = torch.optim.AdamW(wm.parameters(), lr=1e-4)
+
+    def update():
+        loss, _ = diwa.world_model_loss(wm, batch, cfg)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return update
+
+
+def dream(cfg, wm):
+    classifier = diwa.Classifier(cfg, wm.feature_size)
+    target = diwa.HOME_POSE + 0.01 * torch.randn(50, 6)
+    env = diwa.DreamEnv(cfg, wm, classifier, torch.randn(50, wm.embed_size), diwa.encode_command(target, torch.ones(50, 1)), target, cfg.ft_dreams, cfg.ft_horizon)
+    env.reset()
+    return env
+
+
+def ppo_update(cfg, wm):
+    actor = diwa.build_actor(cfg, wm.feature_size)
+    critic = diwa.mlp([wm.feature_size, 256, 256, 256, 1], torch.nn.Mish, norm=False)
+    feature = torch.randn(cfg.ft_dreams * cfg.ft_chunks // cfg.ft_minibatches, wm.feature_size)
+    chain = actor.sample_chain(feature)
+    batch = dict(feature=feature, chain=chain, anchor=chain, logprob=actor.chain_logprob(feature, chain).detach(), advantage=torch.randn(len(feature)))
+    batch["return"] = torch.randn(len(feature))
+
+    def update():
+        loss, _ = diwa.ppo_loss(cfg, actor, critic, batch)
+        loss.backward()
+    return update, len(feature) * actor.links
+
+
+def main():
+    torch.set_num_threads(1)
+    cfg = diwa.Config(device="cpu")
+    print("one core, preset cpu; torch", torch.__version__)
+    rows = [("simulator steps/s, two 64x64 cameras", bench_simulator(), None)]
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    peak = 2 * 512 ** 3 * rate(lambda: a @ b, 2)
+    wm = diwa.WorldModel(cfg)
+    update = world_model_update(cfg, wm)
+    speed = rate(update)
+    rows.append(("world model training, frames/s", speed * cfg.wm_batch * cfg.wm_length, speed * flops(update) / peak))
+    env, chunk = dream(cfg, wm), torch.randn(cfg.ft_dreams, cfg.bc_chunk, 7)
+    rows.append(("imagined steps/s", rate(lambda: env.step(chunk)) * cfg.ft_dreams * cfg.bc_chunk, None))
+    update, samples = ppo_update(cfg, wm)
+    speed = rate(update)
+    rows.append(("PPO chain samples/s", speed * samples, speed * flops(update) / peak))
+    print(f"matmul 512x512 float32: {peak / 1e9:.0f} GFLOP/s\n")
+    print(f"{'what':<40}{'rate':>12}{'share of the matmul rate':>28}")
+    for name, value, share in rows:
+        print(f"{name:<40}{value:>12,.0f}{'' if share is None else f'{100 * share:.0f} %':>28}")
+
+
+if __name__ == "__main__":
+    main()

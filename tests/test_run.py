@@ -1,0 +1,210 @@
+"""The program as a user meets it: one end-to-end run, skipping, resuming after kill -9, errors with exit code 2, and no simulator offline."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import diwa
+import runs
+
+TINY = ["--preset", "smoke", "--device", "cpu"]
+
+
+def shell(*flags, timeout=240, prelude=""):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runs, diwa; {prelude}; sys.exit(diwa.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *flags] if prelude else [sys.executable, str(ROOT / "diwa.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """A run folder with every stage done by the command line."""
+    folder = tmp_path_factory.mktemp("runs")
+    began = time.time()
+    result = shell(*TINY, "--stage", "all", "--runs", str(folder))
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder / "seconds").write_text(str(time.time() - began))
+    return folder
+
+
+def fast(done, *flags):
+    """diwa.main in this process, on the finished run."""
+    return diwa.main([*TINY, "--runs", str(done), *flags])
+
+
+def copy_run(done, tmp_path, *drop):
+    """A run folder of its own, results linked or copied, without the named ones."""
+    import shutil
+    shutil.copytree(done / "smoke", tmp_path / "smoke", ignore=shutil.ignore_patterns(*drop))
+    return tmp_path
+
+
+def test_everything_is_there(done):
+    """What the README promises to find afterwards."""
+    names = {p.name for p in (done / "smoke").iterdir()}
+    task = "close_drawer"
+    assert {"config.json", "log.csv", "report.md", f"curves_{task}.png", f"dream_{task}.gif", f"rollout_before_{task}.gif", f"rollout_after_{task}.gif"} <= names
+    config = json.loads((done / "smoke" / "config.json").read_text())
+    assert {"torch", "renderer", "commit", "device"} <= set(config["versions"]) and config["settings"]["seed"] == 0
+    text = (done / "smoke" / "report.md").read_text()
+    for part in ("behaviour cloning", "difference, paired", "Replay share", "precision", "the paper's row"):
+        assert part in text
+    evaluation = json.loads((done / "smoke" / f"eval_{task}.json").read_text())
+    seeds = [[r["seed"] for r in evaluation["results"][p]] for p in ("bc", "tuned")]
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 8, "before and after start from the same states"
+
+
+def test_second_run_skips_everything(done, capsys):
+    assert fast(done, "--stage", "all") == 0
+    assert capsys.readouterr().out.count("skipped") == len(runs.STAGES)
+
+
+def test_run_remembers_its_settings(done):
+    """Without --preset the run's own config.json counts, so a later command does not silently change the settings."""
+    assert diwa.main(["--run", "smoke", "--runs", str(done), "--device", "cpu", "--stage", "report"]) == 0
+
+
+def test_changed_setting_is_named(done, capsys):
+    """A stage refuses an input of other settings, and says which setting differs and what to type."""
+    assert fast(done, "--stage", "finetune", "--wm_h", "32") == 2
+    message = capsys.readouterr().err
+    assert "wm_h=64" in message and "wm_h=32" in message and "--stage wm" in message
+
+
+def test_offline_stages_step_no_simulator(done, tmp_path, monkeypatch):
+    """From the recorded data to the fine-tuned policy nothing may touch a simulator."""
+    folder = copy_run(done, tmp_path, "wm.pt", "bc_*", "reward_*", "finetune_*")
+
+    def forbidden(*a, **k):
+        raise AssertionError("an offline stage built a simulator")
+    monkeypatch.setattr(diwa.calvin_sim, "Tabletop", forbidden)
+    monkeypatch.setattr(diwa, "in_processes", forbidden)
+    for stage in ("wm", "bc", "reward", "finetune"):
+        assert fast(folder, "--stage", stage) == 0
+    assert (folder / "smoke" / "finetune_close_drawer.pt").exists()
+
+
+@pytest.mark.parametrize("stage", ["wm", "finetune"])
+def test_killed_run_ends_as_if_nothing_had_happened(done, tmp_path, stage):
+    """kill -9 in the middle, the same command again: bit-identical weights."""
+    name = "wm.pt" if stage == "wm" else "finetune_close_drawer.pt"
+    folder = copy_run(done, tmp_path, name)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runs, diwa; runs.SAVE_EVERY = 0; sys.exit(diwa.main(sys.argv[1:]))",
+               *TINY, "--runs", str(folder), "--stage", stage]
+    partial = folder / "smoke" / name.replace(".pt", ".partial.pt")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not partial.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert partial.exists() and not (folder / "smoke" / name).exists(), "killed in the middle"
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "resumes at" in again.stdout
+    a, b = (torch.load(f / "smoke" / name, weights_only=True)["model" if stage == "wm" else "actor"] for f in (done, folder))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not partial.exists()
+
+
+def test_killed_recording_resumes(tmp_path):
+    """Episodes that were recorded before the kill are kept, and the dataset is the same."""
+    flags = [*TINY, "--stage", "demos", "--demo_count", "6", "--runs"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "diwa.py"), *flags, str(tmp_path / "a")], stdout=subprocess.DEVNULL)
+    parts = tmp_path / "a" / "smoke" / "demos_close_drawer.parts"
+    while (not parts.exists() or len(list(parts.glob("[!.]*.npz"))) < 2) and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    kept = {p: p.stat().st_mtime for p in parts.glob("[!.]*.npz")} if parts.exists() else {}
+    assert kept
+    for name in ("a", "b"):
+        assert shell(*flags, str(tmp_path / name)).returncode == 0
+    a, b = (diwa.Dataset(tmp_path / n / "smoke" / "demos_close_drawer") for n in ("a", "b"))
+    assert all((a[k] == b[k]).all() for k in ("rgb_static", "rgb_gripper", "robot_obs", "scene_obs", "rel_actions"))
+
+
+def test_nan_names_stage_step_and_term(done, tmp_path, capsys):
+    folder = copy_run(done, tmp_path, "wm.pt")
+    assert fast(folder, "--stage", "wm", "--wm_lr", "1e30") == 2
+    message = capsys.readouterr().err
+    assert "stage wm" in message and "steps 1 and 20" in message and "the term '" in message
+    assert not (folder / "smoke" / "wm.pt").exists()
+
+
+def test_truncated_checkpoint(done, tmp_path, capsys):
+    folder = copy_run(done, tmp_path)
+    path = folder / "smoke" / "wm.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert fast(folder, "--stage", "bc") == 2
+    assert "wm.pt is damaged" in capsys.readouterr().err
+
+
+def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
+    """weights_only: a crafted checkpoint may not run anything."""
+    import pickle
+    folder = copy_run(done, tmp_path)
+    witness = tmp_path / "ran"
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {witness}",)
+    (folder / "smoke" / "wm.pt").write_bytes(pickle.dumps(Evil()))
+    assert fast(folder, "--stage", "bc") == 2
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--task", "open_drawr"], ["open_drawr", "did you mean open_drawer"]),
+    (["--wm_updats", "3"], ["--wm_updats", "did you mean --wm_updates"]),
+    (["--preset", "huge"], ["huge", "cpu, gpu, paper, smoke"]),
+    (["--stage", "dream"], ["dream", "finetune"]),
+    (["--wm_updates", "many"], ["wm_updates", "many"]),
+    (["--ft_steps", "21", "--stage", "bc"], ["ft_steps"]),
+    (["--stage", "eval", "--task", "turn_on_led"], ["missing", "--stage"]),
+])
+def test_bad_input_is_one_sentence(done, capsys, flags, words):
+    assert diwa.main([*TINY, "--runs", str(done), *flags]) == 2
+    message = capsys.readouterr().err
+    assert all(w in message for w in words) and "Traceback" not in message and len(message.strip().splitlines()) == 1
+
+
+def test_interrupt_keeps_the_work(done, tmp_path):
+    """Ctrl-C: a sentence and exit code 130."""
+    folder = copy_run(done, tmp_path, "wm.pt")
+    process = subprocess.Popen([sys.executable, str(ROOT / "diwa.py"), *TINY, "--runs", str(folder), "--stage", "wm", "--wm_updates", "100000"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "100,000" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "same command" in err
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        diwa.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in diwa.dataclasses.fields(diwa.Config):
+        assert f"--{field.name}" in text
+
+
+def test_online_rival_runs(done):
+    """SimEnv has DreamEnv's interface, so DPPO online is the same code."""
+    import numpy as np
+    cfg = diwa.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    wm, actor, _ = diwa.load_policy(cfg, "bc")
+    env = diwa.SimEnv(cfg, wm, [diwa.calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    feature = env.reset()
+    env.age[:] = env.horizon - 1
+    following, reward, terminated, truncated, final = env.step(actor.sample_chain(feature)[:, -1])
+    assert following.shape == final.shape == feature.shape and reward.shape == (2,)
+    assert (terminated | truncated).all() and not torch.equal(following, final), "a finished episode restarts; its last feature is still there"
+    assert np.all(env.age == 0)
