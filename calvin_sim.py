@@ -30,7 +30,6 @@ import pybullet_data
 
 MAX_REL_POS, MAX_REL_ORN = 0.02, 0.05        # what an action of 1 moves the target: m, rad
 WINDUP_POS, WINDUP_ORN = 0.06, 0.15          # how far the target may lead the measured tcp, per component: m, rad
-CONTROL_STEP, SUBSTEPS = 1 / 30, 8           # s, in as many physics steps
 ROBOT_BASE = (-0.34, -0.46, 0.24)
 HOME = np.array([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])  # CALVIN's default arm joints, rad
 HOME_TCP = np.array([0.0259, -0.2313, 0.5713])
@@ -59,8 +58,7 @@ TASKS = {t.name: t for t in (
     Task("turn_on_lightbulb", BULB, 0.5, "use the switch to turn on the light bulb"),
     Task("turn_off_lightbulb", BULB, -0.5, "use the switch to turn off the light bulb"),
     Task("turn_on_led", LED, 0.5, "press the button to turn on the LED"),
-    Task("turn_off_led", LED, -0.5, "press the button to turn off the LED"),
-)}
+    Task("turn_off_led", LED, -0.5, "press the button to turn off the LED"))}
 
 
 def success(task_name, scene_start, scene_now):
@@ -130,8 +128,7 @@ def advance_target(target, action, tcp):
     """The commanded pose after one action, as the simulator and the dream both integrate it.
 
     target [..., 6] commanded pose, action [..., >= 6] in [-1, 1], tcp [..., 6] measured pose -> target [..., 6].
-    Euler differences are wrapped to [-pi, pi]; the lead over tcp is clamped per component, so that a blocked arm does
-    not wind up. One code path for numpy arrays and torch tensors.
+    Angles are wrapped; the lead over tcp is clamped per component, so that a blocked arm does not wind up. Numpy or torch.
     """
     lead = target - tcp
     lead[..., 3:] = (lead[..., 3:] + np.pi) % (2 * np.pi) - np.pi
@@ -141,9 +138,8 @@ def advance_target(target, action, tcp):
 
 
 # ---- The desk and the arm as generated URDF text: few triangles, because the software renderer pays for each ---------
-WOOD, DARK_WOOD, PALE_WOOD = (0.66, 0.47, 0.29), (0.46, 0.31, 0.19), (0.78, 0.60, 0.40)
-INSIDE, LEGS = (0.30, 0.20, 0.13), (0.40, 0.27, 0.17)
-DRAWER_GRIP, SLIDER_GRIP, SWITCH_GRIP = (0.22, 0.22, 0.25), (0.16, 0.25, 0.45), (0.45, 0.10, 0.40)
+WOOD, DARK_WOOD, PALE_WOOD, INSIDE = (0.66, 0.47, 0.29), (0.46, 0.31, 0.19), (0.78, 0.60, 0.40), (0.30, 0.20, 0.13)
+LEGS, DRAWER_GRIP, SLIDER_GRIP, SWITCH_GRIP = (0.40, 0.27, 0.17), (0.22, 0.22, 0.25), (0.16, 0.25, 0.45), (0.45, 0.1, 0.4)
 BLACK, GREEN, YELLOW, LAMP_OFF = (0.05, 0.05, 0.05), (0.0, 0.9, 0.1), (1.0, 0.9, 0.0), (0.97, 0.97, 0.97)
 RED, BLUE, PINK = (0.9, 0.05, 0.05), (0.05, 0.1, 0.9), (1.0, 0.35, 0.75)
 BLOCKS = (((0.056, 0.04, 0.04), RED), ((0.04, 0.04, 0.04), BLUE), ((0.08, 0.04, 0.04), PINK))     # size, colour
@@ -179,25 +175,35 @@ DESK = {
     "switch": {SWITCH_GRIP: [panel(0.24, 0.36, 0.010, 0.031, 0.02, 0.049), panel(0.24, 0.255, 0, 0.010, 0.02, 0.049),
                              panel(0.345, 0.36, 0, 0.010, 0.02, 0.049)]},
     "led": {LAMP_OFF: [box(-0.203, -0.037, 0.137, 0.183, 0.645, 0.670)]},
-    "bulb": {LAMP_OFF: [box(0.269, 0.331, 0.129, 0.191, 0.645, 0.700)]},
-}
+    "bulb": {LAMP_OFF: [box(0.269, 0.331, 0.129, 0.191, 0.645, 0.700)]}}
 JOINTS = {"slider": ((-1, 0, 0), 1.54, 0.28), "drawer": ((0, -1, 0), 4.23, 0.22), "button": ((0, 0, -1), 0.15, 0.02),
           "switch": ((0, 0.5, 0.866), 0.24, 0.088)}     # axis, mass (kg), travel (m); in the order of scene_obs
 
 
+def unit_normal(normal):
+    """About normal / |normal|, of float32 length exactly 1: the renderer normalises in place with every picture, and any
+    other length would flip the last bit each time, and with it a pixel now and then."""
+    rng = np.random.default_rng(0)
+    while True:
+        unit = (normal / np.linalg.norm(normal)).astype(np.float32)
+        if all((a * a + b * b) + c * c == 1 for a, b, c in itertools.permutations(unit)):
+            return unit
+        normal = unit + rng.normal(0, 1e-4, 3)
+
+
 def hulls_obj(clouds, corners=14):
     """OBJ text of convex meshes, one for each cloud of points [N, 3]; of large ones only the extremes in a few directions."""
-    directions, text, count = np.random.default_rng(0).normal(size=(3, corners)), "", 1
+    directions, text, count, faces = np.random.default_rng(0).normal(size=(3, corners)), "", 1, 0
     for points in clouds:
         points = np.unique(points[(points @ directions).argmax(0)], axis=0) if len(points) > corners else points
         points = points + 1e-6 * np.sin(np.arange(points.size)).reshape(-1, 3)      # no four in a plane: no face twice
         text += "".join("v {:.7f} {:.7f} {:.7f}\n".format(*v) for v in points)
-        for i, j, k in itertools.combinations(range(len(points)), 3):      # a face is a triple with no point beyond it
-            side = (points - points[i]) @ np.cross(points[j] - points[i], points[k] - points[i])
-            if side.max() < 1e-12:
-                text += f"f {i + count} {j + count} {k + count}\n"
-            elif side.min() > -1e-12:
-                text += f"f {i + count} {k + count} {j + count}\n"
+        for i, j, k in itertools.permutations(range(len(points)), 3):      # a face is a triple with no point above it
+            normal = np.cross(points[j] - points[i], points[k] - points[i])
+            if i < min(j, k) and ((points - points[i]) @ normal).max() < 1e-12:
+                faces += 1
+                text += "vn {:.9g} {:.9g} {:.9g}\nf ".format(*unit_normal(normal))
+                text += " ".join(f"{v + count}//{faces}" for v in (i, j, k)) + "\n"
         count += len(points)
     return text
 
@@ -285,7 +291,7 @@ class Tabletop:
     def _configure(self):
         c = dict(physicsClientId=self.client)
         pb.setGravity(0, 0, -9.8, **c)
-        pb.setPhysicsEngineParameter(fixedTimeStep=CONTROL_STEP, numSubSteps=SUBSTEPS, numSolverIterations=12,
+        pb.setPhysicsEngineParameter(fixedTimeStep=1 / 30, numSubSteps=8, numSolverIterations=12,     # 8 x 1/240 s
                                      solverResidualThreshold=1e-5, minimumSolverIslandSize=1, **c)
         pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **c)     # the order of contacts: not as history had it
         for body in (self.robot, self.desk):
@@ -309,15 +315,14 @@ class Tabletop:
         self.scenery = [shape for shape in shapes if shape[:2] == (self.desk, -1)]
         self.behind = [shape for shape in shapes if shape[0] == self.robot and shape[1] < HAND_LINK - 1]
         self.behind += [shape for shape in self.scenery if np.allclose(shape[3], LEGS)]
-        self._paint([shape for shape in shapes if shape not in self.scenery], 0)
+        self._paint(set(shapes) - set(self.scenery), 0)
         self.background = self._shoot(STATIC_VIEW, STATIC_LENS)
         self._paint(shapes, 1)
 
     def close(self):
         """Free the physics client; the object is of no use afterwards. May be called twice."""
         if self.client is not None:
-            pb.disconnect(self.client)
-        self.client = None
+            self.client = pb.disconnect(self.client)     # None
 
     def reset(self, robot_obs=None, scene_obs=None, seed=None):
         """Restore a recorded state; what is not given is drawn from `seed`. -> obs."""
@@ -379,10 +384,9 @@ class Tabletop:
 
     def _observe(self):
         joints = [state[0] for state in pb.getJointStates(self.robot, ARM + FINGERS, self.client)]
-        link = pb.getLinkState(self.robot, TCP_LINK, computeForwardKinematics=1, physicsClientId=self.client)
-        position, orientation = link[4:6]
-        euler, width = pb.getEulerFromQuaternion(orientation), joints[7] + joints[8]
-        robot = np.array([*position, *euler, width, *joints[:7], self.command], np.float32)
+        position, orientation = pb.getLinkState(self.robot, TCP_LINK, 0, 1, self.client)[4:6]     # 1: forward kinematics
+        euler = pb.getEulerFromQuaternion(orientation)
+        robot = np.array([*position, *euler, joints[7] + joints[8], *joints[:7], self.command], np.float32)
         scene = [state[0] for state in pb.getJointStates(self.desk, self.fixtures, self.client)] + [self.bulb, self.led]
         for body in self.blocks:
             place, turn = pb.getBasePositionAndOrientation(body, self.client)
@@ -408,8 +412,8 @@ class Tabletop:
         self._paint(self.behind, 0)                      # never before the hand camera, but it would cost time
         gripper = self._shoot(view, GRIPPER_LENS)[0]
         self._paint(self.behind, 1)
-        # channel by channel is four times faster than one strided copy
-        return [np.stack([p.view(np.uint8)[:, i::4] for i in range(3)], -1) for p in (static, gripper)]     # [S, S, 3] u8
+        # [S, S, 3] u8; channel by channel is four times faster than one strided copy
+        return [np.stack([p.view(np.uint8)[:, i::4] for i in range(3)], -1) for p in (static, gripper)]
 
     def _paint(self, shapes, alpha):
         """Show (alpha 1) or hide (0) shapes, given as (body, link, index, colour)."""
@@ -419,8 +423,7 @@ class Tabletop:
     def _shoot(self, view, lens):
         """-> picture [S, S] u32 (RGBA), depth [S, S] (nonlinear)."""
         size = self.image_size
-        light = (-50, 30, 100)                           # the default, but said anew: left alone, its last bit changes
-        picture, depth = pb.getCameraImage(size, size, view, lens, light, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK,
+        picture, depth = pb.getCameraImage(size, size, view, lens, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK,
                                            renderer=pb.ER_TINY_RENDERER, physicsClientId=self.client)[2:4]
         return np.reshape(picture, (size, size, 4)).view(np.uint32)[..., 0], np.reshape(depth, (size, size))
 
@@ -479,8 +482,7 @@ SKILLS = {  # task -> variants; the first is the commoner
         Waypoint(0, -0.05, 0.06), Waypoint(0, 0.015, 0.045, precise=True), Waypoint(0, 0, 0, at=-0.02)),
         (-0.02, -0.10, 0.03), tilt=(-0.30, -0.50, 0), along=0.035)],
     "move_slider_left": _slide(-1, 0.28), "move_slider_right": _slide(1, 0.0),
-    "turn_on_led": (_press(0, -1.0), _press(0.04, 1.0)), "turn_off_led": (_press(0, -1.0), _press(0.04, 1.0)),
-}
+    "turn_on_led": (_press(0, -1.0), _press(0.04, 1.0)), "turn_off_led": (_press(0, -1.0), _press(0.04, 1.0))}
 
 
 def _difference(pose, other):
@@ -557,13 +559,13 @@ class Expert:
         self.target = tcp.copy() if self.target is None else self.target
         if self.path is None and self.queue:
             self._next_path(robot_obs, scene_obs)
-        self.noise = 0.8 * self.noise + self.rng.normal(0, 0.05, 6)     # smooth: a hand, not a dice
-        wish = self.noise.copy()
+        wish = self.noise = 0.8 * self.noise + self.rng.normal(0, 0.05, 6)     # smooth: a hand, not a dice
         if path := self.path:
             path["t"] += 1
             share = min(path["t"] / path["steps"], 1.0)
             ease = 0.6 * share + 0.4 * share * share * (3 - 2 * share)
-            wish += _difference(path["start"] + path["delta"] * ease + path["bow"] * np.sin(np.pi * ease), self.target) / UNIT
+            there = path["start"] + path["delta"] * ease + path["bow"] * np.sin(np.pi * ease)
+            wish = wish + _difference(there, self.target) / UNIT
             off = np.abs(path["start"] + path["delta"] - tcp)[:3].max()
             if path["t"] >= path["last"] + (path["wait"] if off > 0.006 + 0.002 * self.haste else 0):
                 self.path = None
@@ -607,9 +609,8 @@ def _next_task(scene, last, rng):
     """What a playing person tries next: often the same thing back again, seldom what cannot work."""
     options, draw = list(TASKS), rng.random()
     if draw < 0.96:
-        room = {task.name: ((LIMITS + (1, 1))[task.index] if task.change > 0 else 0) - scene[task.index] - task.change
-                for task in TASKS.values()}
-        options = [name for name in TASKS if room[name] * TASKS[name].change > 0]
+        goals = {task: scene[task.index] + task.change for task in TASKS.values()}
+        options = [task.name for task, goal in goals.items() if 0 < goal < (LIMITS + (1, 1))[task.index]]
     if draw < 0.45 and last is not None:
         options = [name for name in options if TASKS[name].index == TASKS[last].index] or options
     liking = np.array([{LED: 2.0, BULB: 1.5, SLIDER: 1.6, DRAWER: 1.8}[TASKS[name].index] for name in options])
