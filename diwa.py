@@ -96,6 +96,7 @@ class Config:
     wm_context: int = 5             # open loop starts after 1..wm_context frames
     wm_gripper: float = 0.25        # weight of the gripper camera in the image loss: it has three quarters of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
+    wm_surprise: float = 0.5        # share of windows drawn where dreaming has gone worse than watching (paper: 0)
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
     # bc: the diffusion policy, section 4
     bc_actor: str = "diffusion"     # diffusion or gaussian
@@ -120,7 +121,8 @@ class Config:
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
-    ft_starts: float = 0.3          # dreams start in the first part of a demonstration (0 = first frames only)
+    ft_starts: float = 0.3          # dreams start in the first part of a demonstration (0 = first frames only) ...
+    ft_play: float = 0.03           # ... and on this share of play's frames, those that look most like it (0 = none)
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
     ft_minibatches: int = 5         # a pass (paper: 1)
@@ -147,9 +149,9 @@ PRESETS = {
     "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
                 wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256, ft_iterations=40),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
-                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, play_frames=500_000,
+                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_surprise=0.0, wm_unimix=0.0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
-                  ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5),
+                  ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5),
     "smoke": dict(play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64, wm_embed=64, wm_z=16,
                   wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150, reward_hidden=64, reward_updates=60, ft_iterations=3,
                   ft_dreams=16, ft_epochs=2, ft_warmup=1, ft_snapshot=2, eval_episodes=8, eval_curve=4),
@@ -465,15 +467,40 @@ def world_model_loss(wm, batch, cfg):
         return image, pose
     image, pose = likelihood(feature)
     loss = image.mean() + cfg.wm_kl * kl + cfg.wm_proprio * pose.mean()
-    metrics = dict(image=image.mean(), pose=pose.mean(), kl=kl)
+    metrics, gap = dict(image=image.mean(), pose=pose.mean(), kl=kl), torch.zeros(B, device=device)
     if cfg.wm_open:
         blind = torch.arange(T, device=device) >= context[:, None]                                    # [B, T]
-        image, pose = likelihood(dreamed)
-        image = (image * blind[:, times]).sum() / blind[:, times].sum().clamp(min=1)
-        pose = (pose * blind).sum() / blind.sum()
-        loss = loss + cfg.wm_open * (image + cfg.wm_proprio * pose)
-        metrics.update(open_image=image, open_pose=pose)
-    return loss, metrics
+        dreamed_image, dreamed_pose = likelihood(dreamed)
+        now = blind[:, times]                                                                         # [B, keep]
+        gap = ((dreamed_image - image).detach() * now).sum(1) / now.sum(1).clamp(min=1)               # what dreaming misses and watching sees
+        dreamed_image = (dreamed_image * now).sum() / now.sum().clamp(min=1)
+        dreamed_pose = (dreamed_pose * blind).sum() / blind.sum()
+        loss = loss + cfg.wm_open * (dreamed_image + cfg.wm_proprio * dreamed_pose)
+        metrics.update(open_image=dreamed_image, open_pose=dreamed_pose)
+    return loss, metrics, gap
+
+
+class Surprise(nn.Module):
+    """Where does dreaming go worse than watching?  A running mean of that gap for every 10 frames of the recording, and windows drawn by it.
+
+    Events are rare in play, and a dream that misses one loses little on average.  The gap finds them without labels: pixels only."""
+
+    def __init__(self, frames):
+        super().__init__()
+        self.register_buffer("gap", torch.zeros(frames // 10 + 1))
+
+    def draw(self, rng, starts, n, share):
+        weight = self.gap.clamp(min=0).cpu().numpy().astype(np.float64)[starts // 10]
+        uniform = rng.choice(starts, n)
+        if weight.sum() == 0:
+            return uniform
+        cumulative = weight.cumsum()
+        eventful = starts[np.searchsorted(cumulative, rng.random(n) * cumulative[-1]).clip(max=len(starts) - 1)]
+        return np.where(rng.random(n) < share, eventful, uniform)
+
+    def note(self, first, gap):
+        index = torch.from_numpy(first // 10).to(gap.device)
+        self.gap[index] = 0.5 * self.gap[index] + 0.5 * gap
 
 
 class Recording:
@@ -1210,19 +1237,21 @@ def stage_wm(cfg):
     recording = Recording(cfg, dataset, wm)
     episodes, _ = dataset.split(0.1)
     starts = window_starts(episodes, cfg.wm_length)
+    surprise = Surprise(len(dataset)).to(cfg.device)
     optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
 
     def update(i, rng):
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
-        first = rng.choice(starts, cfg.wm_batch)
-        loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + np.arange(cfg.wm_length)), cfg)
+        first = surprise.draw(rng, starts, cfg.wm_batch, cfg.wm_surprise)
+        loss, metrics, gap = world_model_loss(wm, recording.batch(first[:, None] + np.arange(cfg.wm_length)), cfg)
+        surprise.note(first, gap)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         metrics["norm"] = nn.utils.clip_grad_norm_(wm.parameters(), cfg.wm_clip)
         optimizer.step()
         return metrics
 
-    partial = train(cfg, "wm", cfg.wm_updates, dict(model=wm, optimizer=optimizer), update)
+    partial = train(cfg, "wm", cfg.wm_updates, dict(model=wm, optimizer=optimizer, surprise=surprise), update)
     wm.eval().requires_grad_(False)
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
     judged = judge_world_model(cfg, wm, recording, replay)
@@ -1304,13 +1333,31 @@ def stage_finetune(cfg):
     """DiWA: PPO in the dream.  Reads recordings and checkpoints, steps no simulator."""
     seed_everything(cfg.seed, "finetune", cfg.task, "init")
     wm, actor, classifier = load_policy(cfg, "bc")
-    demos = load(cfg, "demos")
-    recording = Recording(cfg, demos, wm)
-    frames = np.concatenate([np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.segments])
-    batch = recording.batch(frames[:, None])
-    with torch.no_grad():
-        bank = wm.embed(batch)[:, 0], batch["command"][:, 0], recording.target[torch.from_numpy(frames)].to(cfg.device)
-    finetune(cfg, DreamEnv(cfg, wm, classifier, *bank, cfg.ft_dreams, cfg.ft_horizon), actor.train())
+    finetune(cfg, DreamEnv(cfg, wm, classifier, *dream_starts(cfg, wm), cfg.ft_dreams, cfg.ft_horizon), actor.train())
+
+
+@torch.no_grad()
+def dream_starts(cfg, wm):
+    """Recorded frames to dream from: the first part of each demonstration, and the play frames that look most like one.
+
+    The policy was cloned on those very demonstrations and hardly fails there; play shows the same situations anew.  Likeness is a ridge
+    regression on embeddings, demonstration against play: no label, no scene state.  -> embedding [M, E], command [M, 7], target [M, 6]"""
+    demos, play = Recording(cfg, load(cfg, "demos"), wm), Recording(cfg, load(cfg, "play"), wm)
+    begin = np.concatenate([np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments])
+    def rows(recording, frames):                            # [n, E], [n, 7], [n, 6]
+        batches = [recording.batch(part[:, None]) for part in np.array_split(frames, len(frames) // 2000 + 1)]
+        return (torch.cat([wm.embed(b)[:, 0] for b in batches]), torch.cat([b["command"][:, 0] for b in batches]), recording.target[torch.from_numpy(frames)].to(cfg.device))
+    near = rows(demos, begin)
+    if not cfg.ft_play:
+        return near
+    every = rows(play, np.arange(len(play.ds)))
+    x = F.pad(torch.cat([near[0], every[0]]), (0, 1), value=1.0).double()
+    y = torch.arange(len(x), device=x.device) < len(begin)
+    weight = torch.where(y, len(every[0]) / len(begin), 1.0).double()[:, None]                        # both sides count the same
+    ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    likeness = x @ torch.linalg.solve((x * weight).T @ x + ridge, (x * weight).T @ y.double())
+    best = likeness[len(begin):].topk(max(1, int(cfg.ft_play * len(every[0])))).indices
+    return [torch.cat([a, b[best]]) for a, b in zip(near, every)]
 
 
 def finetune(cfg, env, actor):

@@ -1,8 +1,13 @@
-"""report.py: what came out.  Judging a world model on recordings, intervals, pictures and report.md.
+"""report.py: what came out.  Judging a world model on recordings, intervals, pictures, report.md, and the README's tables:
+
+    python report.py assets/results/*.json         # prints the results table from the rows that runs left behind (result_<task>.json)
 
 Nothing here trains or acts; diwa.py hands over plain arrays and reads nothing back but numbers.
 """
+import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,17 +89,35 @@ def percent(x):
     return f"{100 * x:.0f} %"
 
 
+def rate(outcomes):
+    low, high = wilson(sum(outcomes), len(outcomes))
+    return f"{percent(np.mean(outcomes))} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def difference(before, after):
+    d = paired(before, after)
+    return f"{100 * d['difference']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]", d
+
+
 def success_rows(before, after, dream):
     """Lines of the table's own part: success before and after, difference, intervals."""
-    n = len(before)
-    def rate(x):
-        low, high = wilson(sum(x), n)
-        return f"{percent(sum(x) / n)} [{100 * low:.0f}, {100 * high:.0f}]"
-    d = paired(before, after)
+    text, d = difference(before, after)
     return [f"| before: behaviour cloning | {rate(before)} |", f"| after: fine-tuned in the dream only | {rate(after)} |",
-            f"| difference, paired | {100 * d['difference']:+.0f} points [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}], "
-            f"gained {d['gained']}, lost {d['lost']}, McNemar p = {d['p']:.2g} |",
-            f"| what the dream believes of the fine-tuned policy | {percent(dream)} (differs from the simulator by {abs(100 * (dream - sum(after) / n)):.0f} points) |"]
+            f"| difference, paired | {text} points, gained {d['gained']}, lost {d['lost']}, McNemar p = {d['p']:.2g} |",
+            f"| what the dream believes of the fine-tuned policy | {percent(dream)} (differs from the simulator by {abs(100 * (dream - np.mean(after))):.0f} points) |"]
+
+
+def table(rows):
+    """The README's results table from result rows, one line a run, means at the end."""
+    lines = ["| task | seed | n | cloned | fine-tuned in the dream | difference | dream's opinion | replay share | DiWA paper: BC, DiWA | min |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for r in sorted(rows, key=lambda r: (list(PAPER).index(r["task"]), r["seed"])):
+        paper = PAPER[r["task"]]
+        lines.append(f"| {r['task']} | {r['seed']} | {len(r['before'])} | {rate(r['before'])} | {rate(r['after'])} | {difference(r['before'], r['after'])[0]} | {percent(r['dream'])} | "
+                     f"{r['replay_share'][r['task']]:.2f} | {paper[0]}, {paper[1]} % | {sum(r['minutes'].values()):.0f} |")
+    mean = lambda f: f"{100 * np.mean([f(r) for r in rows]):.0f} %"
+    lines.append(f"| mean of {len(rows)} | | | {mean(lambda r: np.mean(r['before']))} | {mean(lambda r: np.mean(r['after']))} | | {mean(lambda r: r['dream'])} | "
+                 f"{np.mean([np.mean(list(r['replay_share'].values())) for r in rows]):.2f} (all eight) | | |")
+    return lines
 
 
 def write(folder, task, settings, versions, evaluation, judged, minutes):
@@ -132,6 +155,9 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
     lines += ["", "## Minutes", "", "| " + " | ".join(minutes) + " | all |", "|" + "---|" * (len(minutes) + 1),
               "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |", "",
               "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
+    row = dict(task=task, seed=settings["seed"], preset=settings["preset"], before=[int(x) for x in before], after=[int(x) for x in after], dream=evaluation["dream_success"],
+               curve=evaluation["curve"], replay_share=judged["replay_share"], labels=settings["reward_labels"], minutes=minutes, versions=versions)
+    (folder / f"result_{task}.json").write_text(json.dumps(row, indent=1))
     (folder / f"report_{task}.md").write_text("\n".join(lines) + "\n")
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     return lines
@@ -174,3 +200,7 @@ def dream_strip(truth, watched, dreamed, scores):
         bar[:, :int(score * picture.shape[1])] = (60, 200, 90) if score > 0.5 else (200, 140, 60)
         frames.append(np.concatenate([picture, bar], 0))
     return frames
+
+
+if __name__ == "__main__":
+    print("\n".join(table([json.loads(Path(p).read_text()) for p in sys.argv[1:]])))

@@ -56,7 +56,7 @@ def world_model_update(cfg, wm):
     optimizer = torch.optim.AdamW(wm.parameters(), lr=1e-4)
 
     def update():
-        loss, _ = diwa.world_model_loss(wm, batch, cfg)
+        loss = diwa.world_model_loss(wm, batch, cfg)[0]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
