@@ -5,13 +5,12 @@
     python diwa.py --stage all --task turn_on_led  # another of the eight tasks; play and world model are reused
     python diwa.py --help                          # every setting, its default and the paper's value
 
-Read it top to bottom; each section is one idea:
+Read it top to bottom; each section is one idea (what every program needs and no paper mentions is in runs.py and report.py):
 
-    1 Config          every number, once                       5 Reward    a classifier that recognises success
-    2 Bookkeeping     run folder, resume, progress             6 Dream     a world model is an environment
-    3 World model     pixels + actions -> imagined futures     7 PPO       credit for every denoising step
-    4 Actor           a policy that denoises action chunks     8 Agent     what a robot would run; evaluation
-                                                               9 Stages    the pipeline, one function each
+    1 Config          every number, once                       5 Dream     a world model is an environment
+    2 World model     pixels + actions -> imagined futures     6 PPO       credit for every denoising step
+    3 Actor           a policy that denoises action chunks     7 Agent     what a robot would run; evaluation
+    4 Reward          a classifier that recognises success     8 Stages    the pipeline, one function each
 
 Symbols: B batch (dreams), T time steps, H chunk length, A = 7 action numbers, K denoising steps (K' of them fine-tuned),
     h deterministic and z stochastic latent, c commanded pose, F = size of the feature [h, z, c].
@@ -72,7 +71,7 @@ class Config:
     play_replay: int = 20           # expert demonstrations a task, all eight tasks, that only judge the world model
     # demos: what the policy is cloned from
     demo_count: int = 50            # demonstrations of the task (paper: 50)
-    # wm: the world model, section 3
+    # wm: the world model, section 2
     wm_encoder: str = "linear"      # conv (paper) or linear: the frames' principal components, a closed-form linear autoencoder
     wm_codes: int = 256             # linear encoder: components of the static camera; the gripper camera gets half
     wm_depth: int = 48              # conv encoder: channels of the first layer (paper: 48)
@@ -96,9 +95,8 @@ class Config:
     wm_context: int = 5             # open loop starts after 1..wm_context frames
     wm_gripper: float = 0.25        # weight of the gripper camera in the image loss: it has three quarters of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
-    wm_surprise: float = 0.5        # share of windows drawn where dreaming has gone worse than watching (paper: 0)
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
-    # bc: the diffusion policy, section 4
+    # bc: the diffusion policy, section 3
     bc_actor: str = "diffusion"     # diffusion or gaussian
     bc_net: str = "mlp"             # denoiser: mlp or unet
     bc_hidden: int = 256            # width of the mlp (paper: 512)
@@ -108,7 +106,7 @@ class Config:
     bc_batch: int = 256             # chunks a batch (paper: 256)
     bc_lr: float = 5e-4             # AdamW, warm-up, cosine to a tenth (paper: 1e-4)
     bc_ema: float = 0.995           # moving average of the weights, which is what acts (paper: 0.995)
-    # reward: the success classifier, section 5
+    # reward: the success classifier, section 4
     reward_labels: str = "unlabelled"  # play as unlabelled negatives; "demos" = no play (paper); "predicate" = label play by the task rule
     reward_hidden: int = 256        # width (paper: 512)
     reward_updates: int = 1500      # gradient steps
@@ -116,7 +114,7 @@ class Config:
     reward_tau: float = 0.5         # NT-Xent temperature (paper: 0.5)
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
     reward_play: float = 0.5        # weight of a play pair in the cross-entropy
-    # ft: PPO in the dream, sections 6 and 7
+    # ft: PPO in the dream, sections 5 and 6
     ft_iterations: int = 20         # rollout + update (paper: about 770)
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
@@ -149,7 +147,7 @@ PRESETS = {
     "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
                 wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256, ft_iterations=40),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
-                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_surprise=0.0, wm_unimix=0.0, play_frames=500_000,
+                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
                   ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5),
     "smoke": dict(play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64, wm_embed=64, wm_z=16,
@@ -165,7 +163,7 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 
 
 # ======================================================================================================================
-# 3  World model.  A recurrent state-space model (DreamerV2, eq. 1): it watches both cameras and the robot's own pose, keeps a
+# 2  World model.  A recurrent state-space model (DreamerV2, eq. 1): it watches both cameras and the robot's own pose, keeps a
 #    deterministic memory h and a stochastic guess z, and learns to foresee z before it sees the frame.
 #
 #        h_t  = GRU(h_{t-1}, [z_{t-1}, a_{t-1}, c_t])       what has happened
@@ -467,40 +465,16 @@ def world_model_loss(wm, batch, cfg):
         return image, pose
     image, pose = likelihood(feature)
     loss = image.mean() + cfg.wm_kl * kl + cfg.wm_proprio * pose.mean()
-    metrics, gap = dict(image=image.mean(), pose=pose.mean(), kl=kl), torch.zeros(B, device=device)
+    metrics = dict(image=image.mean(), pose=pose.mean(), kl=kl)
     if cfg.wm_open:
         blind = torch.arange(T, device=device) >= context[:, None]                                    # [B, T]
         dreamed_image, dreamed_pose = likelihood(dreamed)
         now = blind[:, times]                                                                         # [B, keep]
-        gap = ((dreamed_image - image).detach() * now).sum(1) / now.sum(1).clamp(min=1)               # what dreaming misses and watching sees
         dreamed_image = (dreamed_image * now).sum() / now.sum().clamp(min=1)
         dreamed_pose = (dreamed_pose * blind).sum() / blind.sum()
         loss = loss + cfg.wm_open * (dreamed_image + cfg.wm_proprio * dreamed_pose)
         metrics.update(open_image=dreamed_image, open_pose=dreamed_pose)
-    return loss, metrics, gap
-
-
-class Surprise(nn.Module):
-    """Where does dreaming go worse than watching?  A running mean of that gap for every 10 frames of the recording, and windows drawn by it.
-
-    Events are rare in play, and a dream that misses one loses little on average.  The gap finds them without labels: pixels only."""
-
-    def __init__(self, frames):
-        super().__init__()
-        self.register_buffer("gap", torch.zeros(frames // 10 + 1))
-
-    def draw(self, rng, starts, n, share):
-        weight = self.gap.clamp(min=0).cpu().numpy().astype(np.float64)[starts // 10]
-        uniform = rng.choice(starts, n)
-        if weight.sum() == 0:
-            return uniform
-        cumulative = weight.cumsum()
-        eventful = starts[np.searchsorted(cumulative, rng.random(n) * cumulative[-1]).clip(max=len(starts) - 1)]
-        return np.where(rng.random(n) < share, eventful, uniform)
-
-    def note(self, first, gap):
-        index = torch.from_numpy(first // 10).to(gap.device)
-        self.gap[index] = 0.5 * self.gap[index] + 0.5 * gap
+    return loss, metrics
 
 
 class Recording:
@@ -609,9 +583,9 @@ def judge_world_model(cfg, wm, recording, replay):
 
 
 # ======================================================================================================================
-# 4  Actor.  A diffusion policy turns noise into a chunk of H actions in K denoising steps (DDPM, eq. 11), conditioned on the
+# 3  Actor.  A diffusion policy turns noise into a chunk of H actions in K denoising steps (DDPM, eq. 11), conditioned on the
 #    world model's feature.  Cloning trains the denoiser to predict the noise that was added to a demonstrated chunk.  For
-#    PPO (section 7) each of the last K' steps is a Gaussian whose log-density we can write down; that is the whole trick of DPPO.
+#    PPO (section 6) each of the last K' steps is a Gaussian whose log-density we can write down; that is the whole trick of DPPO.
 #
 #        chunk_K ~ N(0, 1) -> ... -> chunk_K' -> ... -> chunk_1 -> chunk_0 = what is executed
 #                     frozen base net        fine-tuned net; chain[0..K'] is recorded
@@ -668,8 +642,6 @@ class UNetDenoiser(nn.Module):
 
     def __init__(self, cfg, feature_size):
         super().__init__()
-        if cfg.bc_chunk % 4:
-            raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
         c, n = 16 + feature_size, (64, 128, 256)
         self.time = TimeEmbedding()
         self.down = nn.ModuleList([FiLMBlock(7, n[0], c), FiLMBlock(n[0], n[1], c), FiLMBlock(n[1], n[2], c)])
@@ -699,8 +671,6 @@ class DiffusionActor(nn.Module):
     def __init__(self, cfg, feature_size):
         super().__init__()
         self.cfg, self.K, self.tuned = cfg, cfg.bc_steps, cfg.ft_steps
-        if not 1 <= self.tuned <= self.K:
-            raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {self.K}), not {self.tuned}")
         build = MLPDenoiser if cfg.bc_net == "mlp" else UNetDenoiser
         self.net = build(cfg, feature_size)
         self.base = copy.deepcopy(self.net).requires_grad_(False)
@@ -832,7 +802,7 @@ def demonstration_views(wm, recording, segments, offsets=8, draws=2):
 
 
 # ======================================================================================================================
-# 5  Reward.  Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules compare now with the
+# 4  Reward.  Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules compare now with the
 #    start ("the drawer has been closed by 12 cm"), so ours sees the pair (first feature, feature).  Demonstrations say what
 #    success looks like; play, unlabelled, says what everything else looks like, and that is what PPO will try to sell as success.
 # ======================================================================================================================
@@ -872,7 +842,7 @@ def classifier_loss(model, first, feature, label, weight, cfg):
 
 
 # ======================================================================================================================
-# 6  Dream.  A world model is an environment: reset() returns features, step() takes chunks.  Nothing here, or in the next
+# 5  Dream.  A world model is an environment: reset() returns features, step() takes chunks.  Nothing here, or in the next
 #    section, touches a simulator.  Finished dreams start again at once from another recorded frame.
 # ======================================================================================================================
 
@@ -935,7 +905,7 @@ def executed(action):
 
 
 # ======================================================================================================================
-# 7  PPO through the chain (DPPO).  One decision of the dream, a chunk, is K' small decisions, the denoising steps; each gets
+# 6  PPO through the chain (DPPO).  One decision of the dream, a chunk, is K' small decisions, the denoising steps; each gets
 #    the chunk's advantage, discounted by how many steps are left to clean it.  Four things to get right: average the log-probs,
 #    give noisy steps a tighter clip, bootstrap a cut dream from its own last feature, and stay close to what was cloned.
 # ======================================================================================================================
@@ -1040,7 +1010,7 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, t
 
 
 # ======================================================================================================================
-# 8  Agent.  World model and actor as one object, the one a robot would run: it filters every frame with the action that led to
+# 7  Agent.  World model and actor as one object, the one a robot would run: it filters every frame with the action that led to
 #    it, and every H steps asks the actor for a new chunk.  Evaluation runs this object and nothing else.
 # ======================================================================================================================
 
@@ -1196,7 +1166,7 @@ def evaluate(cfg, policies, seeds, record=0):
 
 
 # ======================================================================================================================
-# 9  Stages.  Each reads earlier results, writes its own, and can be run alone.
+# 8  Stages.  Each reads earlier results, writes its own, and can be run alone.
 # ======================================================================================================================
 
 def stage_play(cfg):
@@ -1237,21 +1207,19 @@ def stage_wm(cfg):
     recording = Recording(cfg, dataset, wm)
     episodes, _ = dataset.split(0.1)
     starts = window_starts(episodes, cfg.wm_length)
-    surprise = Surprise(len(dataset)).to(cfg.device)
     optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
 
     def update(i, rng):
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
-        first = surprise.draw(rng, starts, cfg.wm_batch, cfg.wm_surprise)
-        loss, metrics, gap = world_model_loss(wm, recording.batch(first[:, None] + np.arange(cfg.wm_length)), cfg)
-        surprise.note(first, gap)
+        first = rng.choice(starts, cfg.wm_batch)
+        loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + np.arange(cfg.wm_length)), cfg)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         metrics["norm"] = nn.utils.clip_grad_norm_(wm.parameters(), cfg.wm_clip)
         optimizer.step()
         return metrics
 
-    partial = train(cfg, "wm", cfg.wm_updates, dict(model=wm, optimizer=optimizer, surprise=surprise), update)
+    partial = train(cfg, "wm", cfg.wm_updates, dict(model=wm, optimizer=optimizer), update)
     wm.eval().requires_grad_(False)
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
     judged = judge_world_model(cfg, wm, recording, replay)
@@ -1434,7 +1402,7 @@ def dream_gif(cfg, path):
 
 
 # ======================================================================================================================
-# 10  Command line
+# 9  Command line
 # ======================================================================================================================
 
 def check_config(cfg):
@@ -1447,6 +1415,10 @@ def check_config(cfg):
         raise InputError("--device cuda was asked for, but this torch sees no CUDA device: use --device cpu")
     if cfg.wm_encoder == "conv" and cfg.image_size != 64:
         raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
+    if not 1 <= cfg.ft_steps <= cfg.bc_steps:
+        raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), not {cfg.ft_steps}")
+    if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
+        raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
     return cfg
 
 

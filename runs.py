@@ -116,8 +116,9 @@ def load(cfg, stage):
         raise InputError(f"{path} is missing: run --stage {stage} first, or --stage all")
     for name in want:
         if found.get(name) != want[name]:
+            owner = next((s for s, (prefix, _, _) in STAGES.items() if name.startswith(prefix)), stage)
             raise InputError(f"{path} was made with {name}={found.get(name)}, but the settings now say {name}={want[name]}: "
-                             f"run --stage {stage} again (or --stage all), or give --{name} {found.get(name)}")
+                             f"run --stage {owner} again (or --stage all), or give --{name} {found.get(name)}")
     return Dataset(path) if stage in ("play", "demos") else load_file(path, cfg.device)
 
 

@@ -176,7 +176,7 @@ def test_denoiser_shapes(net, H):
 def test_unet_refuses_odd_chunks():
     """The UNet halves the chunk twice; a chunk of 6 must be refused in words."""
     with pytest.raises(InputError, match="bc_chunk"):
-        diwa.build_actor(tiny(bc_net="unet", bc_chunk=6), FEATURE)
+        diwa.check_config(tiny(bc_net="unet", bc_chunk=6))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_base_gets_no_gradient():
 def test_bad_fine_tuned_steps(tuned):
     """K' outside 1..K is refused with a sentence that names the flag."""
     with pytest.raises(InputError, match="ft_steps"):
-        diwa.DiffusionActor(tiny(ft_steps=tuned), FEATURE)
+        diwa.check_config(tiny(ft_steps=tuned))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
@@ -614,7 +614,7 @@ def test_world_model_loss_is_the_stated_sum():
     for changes in (dict(wm_open=0.0), dict(wm_open=0.7, wm_proprio=3.0)):
         cfg = tiny(**changes)
         wm = diwa.WorldModel(cfg)
-        loss, m, _ = diwa.world_model_loss(wm, observations(cfg), cfg)
+        loss, m = diwa.world_model_loss(wm, observations(cfg), cfg)
         want = m["image"] + 0.3 * m["kl"] + cfg.wm_proprio * m["pose"]
         if cfg.wm_open:
             want = want + 0.7 * (m["open_image"] + 3.0 * m["open_pose"])
@@ -628,7 +628,7 @@ def test_open_loop_loss_counts_dreamed_frames_only():
     wm, batch, seen = world(cfg), observations(cfg, B=5), {}
     rollout = wm.rollout
     wm.rollout = lambda *args: seen.update(context=args[3], out=rollout(*args)) or seen["out"]
-    _, metrics, _ = diwa.world_model_loss(wm, batch, cfg)
+    _, metrics = diwa.world_model_loss(wm, batch, cfg)
     dreamed, pairs = seen["out"][2], [(i, t) for i, n in enumerate(seen["context"]) for t in range(n, 6)]
     image, pose = wm.image_error(dreamed, batch), 0.5 * (wm.proprio(dreamed) - batch["proprio"]).square().sum(-1)
     assert 1 <= seen["context"].min() < seen["context"].max() <= 4
@@ -1119,7 +1119,7 @@ def test_world_model_runs_on_any_device(encoder, latent, changes):
     """The training step of the world model makes its tensors where its inputs are."""
     cfg = tiny(device="meta", wm_encoder=encoder, wm_latent=latent, **changes)
     wm = diwa.WorldModel(cfg).to("meta")
-    loss, metrics, _ = diwa.world_model_loss(wm, observations(cfg), cfg)
+    loss, metrics = diwa.world_model_loss(wm, observations(cfg), cfg)
     loss.backward()
     assert loss.is_meta and all(m.is_meta for m in metrics.values()) and next(wm.parameters()).grad.is_meta
     feature = torch.randn(2, wm.feature_size, device="meta")
@@ -1183,7 +1183,7 @@ def test_world_model_learns_a_moving_dot(latent):
     optimizer, rng, history = torch.optim.AdamW(wm.parameters(), lr=3e-3), np.random.default_rng(0), []
     for i in range(60):
         start = rng.integers(20, 34, 8)[:, None]
-        loss, metrics, _ = diwa.world_model_loss(wm, recording.batch(start + np.arange(10)), cfg)
+        loss, metrics = diwa.world_model_loss(wm, recording.batch(start + np.arange(10)), cfg)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

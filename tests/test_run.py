@@ -142,7 +142,7 @@ def test_truncated_checkpoint(done, tmp_path, capsys):
     folder = copy_run(done, tmp_path)
     path = folder / "smoke" / "wm.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    assert fast(folder, "--stage", "bc") == 2
+    assert fast(folder, "--stage", "bc", "--bc_updates", "7") == 2
     assert "wm.pt is damaged" in capsys.readouterr().err
 
 
@@ -155,7 +155,7 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
         def __reduce__(self):
             return os.system, (f"touch {witness}",)
     (folder / "smoke" / "wm.pt").write_bytes(pickle.dumps(Evil()))
-    assert fast(folder, "--stage", "bc") == 2
+    assert fast(folder, "--stage", "bc", "--bc_updates", "7") == 2
     assert not witness.exists()
 
 
