@@ -247,6 +247,8 @@ def panda_urdf(folder):
     # only the wrist, the hand and the fingers can touch the desk; the upper arm never reaches it
     for link in range(5):
         text = re.sub(rf"(<link name=\"panda_link{link}\">.*?)<collision>.*?</collision>", r"\1", text, flags=re.S)
+    for link in range(3):                                # no camera ever sees the base
+        text = re.sub(rf"(<link name=\"panda_link{link}\">.*?)<visual>.*?</visual>", r"\1", text, flags=re.S)
     text = text.replace('xyz="0 0 0.105"', f'xyz="0 0 {TCP_OFFSET}"')     # its "grasptarget" becomes the tcp
     (folder / "panda.urdf").write_text(text)
     return str(folder / "panda.urdf")
