@@ -13,6 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from calvin_sim import TASKS
+from data import window_starts
+
 PROBED = {"slider": 0, "drawer": 1, "lever": 3, "bulb": 4, "led": 5}              # name: index in scene_obs
 MOVED = {"slider": 0.02, "drawer": 0.02, "lever": 0.01, "bulb": 0.5, "led": 0.5, "tcp": 2.0}   # counts as having moved; m, m, m, 0/1, 0/1, cm
 PAPER = {  # arXiv 2508.03645, table 1 (BC, DiWA), and arXiv 2603.28955 (WAM): success in %
@@ -52,6 +55,33 @@ def fit_probe(feature, target):
 
 def read_probe(weights, feature):
     return F.pad(feature, (0, 1), value=1.0) @ weights
+
+
+def probe_targets(recording, frames):
+    """What a probe should read from the features of these frames: the fixtures, and the TCP position in cm: [..., 8]"""
+    tcp, device = 100 * recording.ds["robot_obs"][frames.ravel()][:, :3].reshape(*frames.shape, 3), recording.cfg.device
+    return torch.from_numpy(np.concatenate([recording.scene[frames][..., list(PROBED.values())], tcp], -1)).to(device)
+
+
+def judge_world_model(recording, replay, views, length, rng):
+    """Held-out open-loop errors and the replay share, read by a linear probe that was fitted on training play only.
+
+    recording: the play; replay: demonstrations of all tasks that nothing is trained on; views(recording, starts, length, last) -> posterior and
+    dreamed features, frames.  -> tables for the report"""
+    train_episodes, test_episodes = recording.ds.split(0.1)
+    seen, dreamed, frames = views(recording, rng.choice(window_starts(train_episodes, length), 300), length)
+    target = probe_targets(recording, frames)
+    probe = fit_probe(torch.cat([seen, dreamed]).flatten(0, 1), torch.cat([target, target]).flatten(0, 1))
+    _, dreamed, frames = views(recording, rng.choice(window_starts(test_episodes, length), 400), length)
+    tables = dict(open_loop=open_loop_errors(read_probe(probe, dreamed), probe_targets(recording, frames)), replay_share={}, replay_share_watched={})
+    for task in sorted({t for t, _, _ in replay.ds.segments}, key=list(TASKS).index):
+        first, last = np.array([(a, b) for t, a, b in replay.ds.segments if t == task]).T
+        seen, dreamed, frames = views(replay, first, int((last - first).max()) + 1, last)
+        column = list(PROBED.values()).index(TASKS[task].index)
+        truth = probe_targets(replay, frames)[..., column]
+        for name, feature in (("replay_share", dreamed), ("replay_share_watched", seen)):
+            tables[name][task] = share_of_change(read_probe(probe, feature)[..., column], truth)
+    return tables
 
 
 def open_loop_errors(guess, truth):

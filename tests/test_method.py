@@ -428,13 +428,13 @@ def test_anchor_pulls_towards_the_frozen_policy():
         actor.net.last.bias.add_(0.3)
     b = minibatch(actor, 16)
     base, (with_bc, metrics) = diwa.ppo_loss(tiny(ft_bc=0.0), actor, critic, b)[0], diwa.ppo_loss(tiny(ft_bc=0.05), actor, critic, b)
-    before = actor.chain_logprob(b["feature"], b["anchor"]).mean()
+    before = actor.chain_logprob(b["feature"][:4], b["anchor"][:4]).mean()                             # a quarter of the 16 rows
     torch.testing.assert_close(with_bc - base, -0.05 * before, atol=1e-5, rtol=1e-4)
     metrics["anchor"].backward()
     with torch.no_grad():
         for p in actor.net.parameters():
             p.sub_(0.02 * p.grad / p.grad.norm().clamp(min=1e-8))
-    assert actor.chain_logprob(b["feature"], b["anchor"]).mean() > before
+    assert actor.chain_logprob(b["feature"][:4], b["anchor"][:4]).mean() > before
 
 
 def test_gaussian_actor():
