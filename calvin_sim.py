@@ -40,6 +40,9 @@ JOINT_HIGH = np.array([2.9671, 1.8326, 2.9671, 0.0, 2.9671, 3.8223, 2.9671])
 SLIDER, DRAWER, BUTTON, SWITCH, BULB, LED = range(6)     # places in scene_obs
 BULB_AT, LED_AT = 0.044, 0.010               # joint thresholds of the two lamps, m
 LIMITS = (0.28, 0.22, 0.02, 0.088)           # travel of slider, drawer, button, switch, m
+HANDLES = {  # joint -> centre of the handle at 0, direction of travel
+    DRAWER: ((0.18, -0.2495, 0.36), (0, -1, 0)), SLIDER: ((0.04, 0.0, 0.545), (-1, 0, 0)),
+    SWITCH: ((0.30, 0.0205, 0.527), (0, 0.5, 0.866)), BUTTON: ((-0.12, -0.12, 0.486), (0, 0, -1))}
 
 
 # ---- Tasks: CALVIN's predicates and start states, pure functions of the scene state ----------------------------------
@@ -262,6 +265,7 @@ GRIPPER_CAM = euler_matrix(np.array([1.3, 0, -1.57]))    # in the hand frame, 0.
 
 class Tabletop:
     """The desk, the arm and two cameras. One control step is 1/30 s."""
+    handles = HANDLES                                    # where the expert looks for them
 
     def __init__(self, image_size=64, render=True):
         self.image_size, self.render = image_size, render
@@ -452,9 +456,6 @@ class Skill(NamedTuple):
 
 DOWN = np.array([np.pi, 0, np.pi / 2])                   # the tool vertical, fingers along x
 UNIT = np.array([MAX_REL_POS] * 3 + [MAX_REL_ORN] * 3)
-HANDLES = {  # joint -> centre of the handle at 0, direction of travel
-    DRAWER: ((0.18, -0.2495, 0.36), (0, -1, 0)), SLIDER: ((0.04, 0.0, 0.545), (-1, 0, 0)),
-    SWITCH: ((0.30, 0.0205, 0.527), (0, 0.5, 0.866)), BUTTON: ((-0.12, -0.12, 0.486), (0, 0, -1))}
 
 
 def _slide(side, at):
@@ -497,11 +498,13 @@ def _difference(pose, other):
 class Expert:
     """Follows noisy waypoints by relative actions: act(robot_obs [15], scene_obs [24]) -> action [7].
 
-    It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions.
+    It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions;
+    `handles` (see HANDLES) says where that simulator has its handles.
     `error` (m) displaces the whole attempt: that is a near miss or a miss. `haste` speeds it up.
     """
 
-    def __init__(self, task_name, rng, error=0.0, haste=1.0):
+    def __init__(self, task_name, rng, error=0.0, haste=1.0, handles=HANDLES):
+        self.handles = handles
         self.skill = SKILLS[task_name][0 if rng.random() < 0.65 else -1]
         direction = rng.normal(size=3)
         self.error, self.rng, self.haste = error * direction / np.linalg.norm(direction), rng, haste
@@ -537,7 +540,7 @@ class Expert:
         euler = DOWN + self.tilt
         if point is None:                                # relative to where the arm is
             return np.concatenate([robot_obs[:3] + noise, euler])
-        centre, travel = HANDLES[self.skill.joint]
+        centre, travel = self.handles[self.skill.joint]
         joint = scene_obs[self.skill.joint] if point.at is None else point.at
         tip = np.array(centre) + np.array(travel) * joint + np.array(point[:3]) + self.shift + noise
         return np.concatenate([tip - TIP * euler_matrix(euler)[:, 2], euler])
@@ -596,7 +599,7 @@ class _Recorder:
 def demo_episode(sim, task_name, seed, max_steps=120):
     """One demonstration from a random start -> (episode of arrays [T, ...], solved). A function of the seed alone."""
     rng = np.random.default_rng([seed, list(TASKS).index(task_name), 1])
-    recorder, expert, last = _Recorder(sim, sample_start(task_name, rng)), Expert(task_name, rng), None
+    recorder, expert, last = _Recorder(sim, sample_start(task_name, rng)), Expert(task_name, rng, handles=sim.handles), None
     start = recorder.obs["scene_obs"]
     while recorder.length < max_steps and recorder.length != last:
         scene = recorder.step(expert)
@@ -627,7 +630,7 @@ def play_episode(sim, seed, length):
         before = recorder.obs["scene_obs"]
         name = _next_task(before, name, rng)
         error = rng.uniform(0.01, 0.06) if rng.random() < 0.33 else 0.0
-        expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8))
+        expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8), handles=sim.handles)
         expert.skip_ahead(recorder.obs["robot_obs"], before)
         patience = int(rng.integers(5, 30)) if rng.random() < 0.08 else 60
         while recorder.length < length and not expert.done and patience > 0:

@@ -1,0 +1,129 @@
+"""The real CALVIN simulator (github.com/mees/calvin_env, scene D) behind the interface of the built-in tabletop.
+
+    git clone https://github.com/mees/calvin_env && pip install hydra-core hydra-colorlog scipy numpy-quaternion
+    python calvin_sim.py check --sim calvin --calvin-root calvin_env            the same expert, the same tasks
+
+The clone is used as it is, without a patch and without a GPU.  Each guard below stands at the trap that it is for.
+"""
+import contextlib
+import importlib
+import io
+import logging
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pybullet as pb
+
+from calvin_sim import BULB, DRAWER, HANDLES, LED, SLIDER, SWITCH, advance_target, sample_start
+from data import InputError, area_resize
+
+CLONE = "git clone https://github.com/mees/calvin_env"
+PIP = "pip install hydra-core hydra-colorlog scipy numpy-quaternion"
+OVERRIDES = ["scene=calvin_scene_D", "robot=panda_longer_finger", "use_vr=false", "record=false",
+             "env.use_egl=false", "env.show_gui=false", "env.use_scene_info=true"]
+RENDERER = "calvin_env, PyBullet TinyRenderer (CPU)"
+
+
+def real_handles():
+    """HANDLES, but aimed a little lower or further in: the true handles are thin and rounded, and the tabletop's are boxes that forgive more."""
+    shifts = {DRAWER: (0, 0, -0.006), SLIDER: (0, 0.012, 0), SWITCH: (0, 0.010, 0)}     # m
+    return {joint: (tuple(np.add(centre, shifts.get(joint, 0))), travel) for joint, (centre, travel) in HANDLES.items()}
+
+
+def import_calvin_env(root):
+    """Import calvin_env from its clone `root` -> (its module play_table_env, hydra); InputError where that cannot work."""
+    root = Path(root or "calvin_env").absolute()
+    for needed in ("calvin_env/envs/play_table_env.py", "conf/config_data_collection.yaml", "data/calvin_table_D"):
+        if not (root / needed).exists():
+            raise InputError(f"{root} is no clone of calvin_env ({needed} is missing there): '{CLONE}', then give its folder with --calvin-root")
+    # three packages serve a base class, a line in the log and a window that nobody opens; an empty module does as well, and spares
+    # gym's long warning, GitPython's need of a git executable and OpenCV's of libGL
+    empty = {name: types.ModuleType(name) for name in ("gym", "gym.utils", "gym.utils.seeding", "git", "cv2")}
+    empty["gym"].Env, empty["gym"].utils, empty["gym.utils"].seeding = object, empty["gym.utils"], empty["gym.utils.seeding"]
+    empty["gym.utils.seeding"].np_random = lambda seed: (np.random.default_rng(seed), seed)
+    replaced = {name: sys.modules.get(name) for name in empty}
+    sys.modules.update(empty)
+    sys.path.insert(0, str(root))
+    try:
+        hydra = importlib.import_module("hydra")
+        for name in ("hydra_plugins.hydra_colorlog", "calvin_env.robot.robot", "calvin_env.scene.play_table_scene", "calvin_env.camera.static_camera"):
+            importlib.import_module(name)
+        module = importlib.import_module("calvin_env.envs.play_table_env")
+    except ImportError as error:
+        raise InputError(f"calvin_env cannot be imported from {root} ({error}): '{PIP}'") from error
+    finally:
+        for name, package in replaced.items():
+            sys.modules.pop(name) if package is None else sys.modules.update({name: package})
+    module.get_git_commit_hash = lambda path: "unknown"      # it fails where the folder has no .git
+    return module, hydra
+
+
+class RealCalvin:
+    """calvin_env with the interface of Tabletop.  Frames are rendered at CALVIN's own sizes (200 and 84 px) and averaged down.
+
+    One a process: some of calvin_env's calls go to the first physics client, whoever owns it."""
+    handles = real_handles()
+
+    def __init__(self, image_size=64, render=True, root=None):
+        self.image_size, self.env = image_size, None
+        module, hydra = import_calvin_env(root)
+        if pb.isConnected(0):
+            raise InputError("another simulator is open in this process, and calvin_env would draw into it: close() it, or use one process for each")
+        logging.getLogger("calvin_env").setLevel(logging.WARNING)
+        overrides = OVERRIDES + ["cameras=static_and_gripper" if render else "cameras=no_cameras"]
+        with hydra.initialize_config_dir(str(Path(root or "calvin_env").absolute() / "conf"), version_base="1.1"):
+            config = hydra.compose("config_data_collection", overrides=overrides)
+        self.env = hydra.utils.instantiate(config.env, seed=0)
+        self.button, self.switch = self.env.scene.buttons[0], self.env.scene.switches[0]
+        self.pristine = self.env.p.saveState()
+        self.reset(seed=0)
+
+    def close(self):
+        """Free the physics client; the object is of no use afterwards.  May be called twice."""
+        if self.env is not None:
+            with contextlib.redirect_stdout(io.StringIO()):      # it prints
+                self.env.close()
+            # or its __del__ would close the next simulator, which has the same client number, and print that it may not
+            self.env.__class__.__del__ = lambda env: None
+            self.env = None
+
+    def reset(self, robot_obs=None, scene_obs=None, seed=None):
+        """Restore a recorded state; what is not given is drawn from `seed`. -> obs."""
+        if robot_obs is None or scene_obs is None:
+            drawn = sample_start("open_drawer", np.random.default_rng(seed))
+            robot_obs, scene_obs = (d if o is None else o for o, d in zip((robot_obs, scene_obs), drawn))
+        robot, scene = np.array(robot_obs, float), np.array(scene_obs, float)
+        if robot.shape != (15,) or scene.shape != (24,) or not np.isfinite([*robot, *scene]).all():
+            raise ValueError(f"reset needs finite robot_obs [15] and scene_obs [24], got {robot} and {scene}.")
+        scene[[BULB, LED]] = scene[[BULB, LED]] > 0.5    # it takes exactly 0 and 1
+        self.env.robot.gripper_action = 1 if robot[14] >= 0 else -1      # its reset forgets the last command
+        self.env.p.restoreState(self.pristine)           # and keeps old contacts: an episode would depend on those before it,
+        self.env.p.stepSimulation()                      # which takes a step in between to forget
+        self.env.p.restoreState(self.pristine)
+        raw = self.env.reset(robot, scene)
+        # it also forgets that the button is down and the switch up: the first step would then take them for a new press
+        self.button.prev_is_pressed = self.button._is_pressed
+        self.switch.state = type(self.switch.state)(int(self.switch.is_pressed))
+        obs = self._observe(raw)
+        self.target = self.tcp.copy()
+        return obs
+
+    def step(self, action):
+        """One control step of 1/30 s: action [7] in [-1, 1] -> obs."""
+        action = np.asarray(action, float)
+        if action.shape != (7,) or not (np.abs(action) <= 1 + 1e-3).all():       # a NaN would hang it for ever, without a word
+            raise ValueError(f"an action is 7 finite numbers in [-1, 1], got {action}.")
+        # its own target runs away from a blocked arm without end; ours, which is the tabletop's and the dream's, does not
+        self.target = advance_target(self.target, action, self.tcp)
+        self.env.robot.target_pos, self.env.robot.target_orn = self.target[:3].copy(), self.target[3:].copy()
+        still = np.array([0, 0, 0, 0, 0, 0, 1.0 if action[6] >= 0 else -1.0])    # it takes exactly -1 and +1
+        return self._observe(self.env.step(still)[0])
+
+    def _observe(self, raw):
+        obs = {"robot_obs": raw["robot_obs"].astype(np.float32), "scene_obs": raw["scene_obs"].astype(np.float32)}
+        self.tcp = obs["robot_obs"][:6].astype(float)    # as recorded, so that a dream can repeat the bookkeeping exactly
+        for name, image in raw["rgb_obs"].items():
+            obs[name] = area_resize(np.ascontiguousarray(image), self.image_size)
+        return obs
