@@ -7,10 +7,11 @@ The clone is used as it is, without a patch and without a GPU.  Each guard below
 """
 import contextlib
 import importlib
-import io
 import logging
+import os
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,33 @@ CLONE = "git clone https://github.com/mees/calvin_env"
 PIP = "pip install hydra-core hydra-colorlog scipy numpy-quaternion"
 OVERRIDES = ["scene=calvin_scene_D", "robot=panda_longer_finger", "use_vr=false", "record=false",
              "env.use_egl=false", "env.show_gui=false", "env.use_scene_info=true"]
-RENDERER = "calvin_env, PyBullet TinyRenderer (CPU)"
+RENDERER = "calvin_env, PyBullet TinyRenderer (CPU), 200 and 84 px"
+
+
+@contextlib.contextmanager
+def quiet():
+    """Swallow what hydra warns of and what pybullet's C code prints on stdout."""
+    sys.stdout.flush()
+    keep, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+            sys.stdout.flush()
+    finally:
+        os.dup2(keep, 1)
+        os.close(keep), os.close(null)
 
 
 def real_handles():
     """HANDLES, but aimed a little lower or further in: the true handles are thin and rounded, and the tabletop's are boxes that forgive more."""
-    shifts = {DRAWER: (0, 0, -0.006), SLIDER: (0, 0.012, 0), SWITCH: (0, 0.010, 0)}     # m
+    shifts = {DRAWER: (0, 0, -0.006), SLIDER: (0, 0.020, 0.012), SWITCH: (0, 0.010, 0)}     # m
     return {joint: (tuple(np.add(centre, shifts.get(joint, 0))), travel) for joint, (centre, travel) in HANDLES.items()}
 
 
 def import_calvin_env(root):
-    """Import calvin_env from its clone `root` -> (its module play_table_env, hydra); InputError where that cannot work."""
+    """Import calvin_env from its clone `root` -> the package hydra, which builds it; InputError where that cannot work."""
     root = Path(root or "calvin_env").absolute()
     for needed in ("calvin_env/envs/play_table_env.py", "conf/config_data_collection.yaml", "data/calvin_table_D"):
         if not (root / needed).exists():
@@ -47,17 +64,19 @@ def import_calvin_env(root):
     sys.modules.update(empty)
     sys.path.insert(0, str(root))
     try:
-        hydra = importlib.import_module("hydra")
-        for name in ("hydra_plugins.hydra_colorlog", "calvin_env.robot.robot", "calvin_env.scene.play_table_scene", "calvin_env.camera.static_camera"):
-            importlib.import_module(name)
-        module = importlib.import_module("calvin_env.envs.play_table_env")
+        with quiet():
+            hydra = importlib.import_module("hydra")
+            for name in ("hydra_plugins.hydra_colorlog", "calvin_env.robot.robot", "calvin_env.scene.play_table_scene"):
+                importlib.import_module(name)
+            module = importlib.import_module("calvin_env.envs.play_table_env")
     except ImportError as error:
         raise InputError(f"calvin_env cannot be imported from {root} ({error}): '{PIP}'") from error
     finally:
         for name, package in replaced.items():
             sys.modules.pop(name) if package is None else sys.modules.update({name: package})
     module.get_git_commit_hash = lambda path: "unknown"      # it fails where the folder has no .git
-    return module, hydra
+    module.PlayTableSimEnv.__del__ = lambda env: None        # it closes by number, and so the next simulator, which has the same one
+    return hydra
 
 
 class RealCalvin:
@@ -68,14 +87,15 @@ class RealCalvin:
 
     def __init__(self, image_size=64, render=True, root=None):
         self.image_size, self.env = image_size, None
-        module, hydra = import_calvin_env(root)
+        hydra = import_calvin_env(root)
         if pb.isConnected(0):
             raise InputError("another simulator is open in this process, and calvin_env would draw into it: close() it, or use one process for each")
         logging.getLogger("calvin_env").setLevel(logging.WARNING)
         overrides = OVERRIDES + ["cameras=static_and_gripper" if render else "cameras=no_cameras"]
-        with hydra.initialize_config_dir(str(Path(root or "calvin_env").absolute() / "conf"), version_base="1.1"):
-            config = hydra.compose("config_data_collection", overrides=overrides)
-        self.env = hydra.utils.instantiate(config.env, seed=0)
+        with quiet():
+            with hydra.initialize_config_dir(str(Path(root or "calvin_env").absolute() / "conf"), version_base="1.1"):
+                config = hydra.compose("config_data_collection", overrides=overrides)
+            self.env = hydra.utils.instantiate(config.env, seed=0)
         self.button, self.switch = self.env.scene.buttons[0], self.env.scene.switches[0]
         self.pristine = self.env.p.saveState()
         self.reset(seed=0)
@@ -83,10 +103,8 @@ class RealCalvin:
     def close(self):
         """Free the physics client; the object is of no use afterwards.  May be called twice."""
         if self.env is not None:
-            with contextlib.redirect_stdout(io.StringIO()):      # it prints
+            with quiet():
                 self.env.close()
-            # or its __del__ would close the next simulator, which has the same client number, and print that it may not
-            self.env.__class__.__del__ = lambda env: None
             self.env = None
 
     def reset(self, robot_obs=None, scene_obs=None, seed=None):

@@ -1,6 +1,7 @@
 """A small CALVIN-D tabletop in PyBullet: eight tasks, two cameras, a scripted expert and play.
 
     python calvin_sim.py check [--task open_drawer] [--n 100]     success and steps of the scripted expert
+    python calvin_sim.py check --sim calvin --calvin-root PATH    the same in the real simulator, see calvin_real.py
     python calvin_sim.py play-stats [--steps 5000]                events per 1,000 play steps, steps per second
     python calvin_sim.py view [--out view.png]                    one contact sheet of both cameras
 
@@ -645,9 +646,8 @@ def play_episode(sim, seed, length):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-def check(names, n):
+def check(sim, names, n):
     """Print how often and how fast the expert solves each task."""
-    sim = Tabletop(render=False)
     print(f"{'task':20s} solved   steps to success: min median max   under 72")
     for name in names:
         lengths = []
@@ -694,9 +694,16 @@ def main():
     parser.add_argument("--n", type=int, default=100, help="random starts to check a task from")
     parser.add_argument("--steps", type=int, default=5000, help="steps of play to count events in")
     parser.add_argument("--out", default="view.png", help="where view writes its picture")
+    parser.add_argument("--sim", default="tabletop", choices=("tabletop", "calvin"), help="the simulator to check the expert in")
+    parser.add_argument("--calvin-root", "--calvin_root", default="calvin_env", help="the clone of calvin_env")
     args = parser.parse_args()
     if args.command == "check":
-        check(list(TASKS) if args.task == "all" else [args.task], args.n)
+        from calvin_real import InputError, RealCalvin   # here: it imports this file
+        try:
+            sim = Tabletop(render=False) if args.sim == "tabletop" else RealCalvin(render=False, root=args.calvin_root)
+        except InputError as error:
+            parser.exit(2, f"calvin_sim: {error}\n")
+        check(sim, list(TASKS) if args.task == "all" else [args.task], args.n)
     else:
         play_stats(args.steps) if args.command == "play-stats" else view(args.out)
 

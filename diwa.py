@@ -40,12 +40,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import calvin_real
 import calvin_sim
 import report
 from calvin_sim import TASKS, advance_target
 from data import Dataset, InputError, action_chunks, window_starts, write_atomic
-from runs import (STAGES, Log, Snapshots, in_processes, known, load, output, pack_recorded, parse, read_log, record, save, seed_everything,
-                  stamp, stamp_of, train, versions)
+from runs import (RENDERERS, STAGES, Log, Snapshots, check_data, in_processes, known, load, make_sim, output, pack_recorded, parse, read_log, record, save,
+                  seed_everything, sim_of, stamp, stamp_of, train, use_given_demos, use_given_play, versions)
 
 # ======================================================================================================================
 # 1  Config.  Every number of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -63,7 +64,9 @@ class Config:
     workers: int = 2                # simulator processes
     # common to all stages
     seed: int = 0                   # every random number of the run follows from it
-    sim: str = "tabletop"           # the simulator that records and evaluates
+    sim: str = "tabletop"           # the simulator that records and evaluates: tabletop, calvin (needs --calvin_root) or none (needs --data)
+    calvin_root: str = "calvin_env"  # folder of the cloned calvin_env
+    data: str = ""                  # a recorded dataset, see data.py: its frames are the play, its task segments the demonstrations
     image_size: int = 64            # pixels a side of both cameras (paper: 64)
     # play: task-agnostic interaction, the world model's only food
     play_frames: int = 60_000       # recorded frames (paper: 500,000)
@@ -1015,13 +1018,13 @@ class SimEnv:
         return feature, flags[0].float(), *flags, final
 
 def evaluation_job(job):
-    """One simulator process: run the agent from the given start seeds, 16 simulators in lock step.  -> list of episodes, see run_episodes"""
+    """One simulator process: run the agent from the given start seeds, 16 tabletops in lock step.  -> list of episodes, see run_episodes"""
     cfg, policy, seeds, record = Config(**job["cfg"]), job["policy"], job["seeds"], job["record"]
     torch.set_num_threads(1)
     cfg.device = "cpu"
     wm, actor, classifier = load_policy(cfg, policy)
     agent, results = Agent(cfg, wm, actor, frozen=policy == "bc"), []
-    sims = [calvin_sim.Tabletop(cfg.image_size) for _ in range(min(16, len(seeds)))]
+    sims = [make_sim(**sim_of(cfg)) for _ in range(min(16 if cfg.sim == "tabletop" else 1, len(seeds)))]       # calvin_env: one a process
     for a in range(0, len(seeds), len(sims)):
         group = seeds[a:a + len(sims)]
         seed_everything("evaluate", group[0])
@@ -1082,12 +1085,28 @@ def dream_on(cfg, agent, classifier, state, first):
 
 def evaluate(cfg, policies, seeds, record=0):
     """Every policy ("bc", "tuned" or a snapshot's iteration) in the simulator, from the start states of the seeds -> {policy: episodes}"""
-    plain, parts = dataclasses.asdict(cfg), [p for p in np.array_split(seeds, cfg.workers) if len(p)]
+    jobs_a_policy = cfg.workers if cfg.sim == "tabletop" else max(cfg.workers, len(seeds) // 10)
+    plain, parts = dataclasses.asdict(cfg), [p for p in np.array_split(seeds, jobs_a_policy) if len(p)]
     jobs = [dict(cfg=plain, policy=policy, seeds=part, record=record * (i == 0)) for policy in policies for i, part in enumerate(parts)]
     results = {policy: [] for policy in policies}
     for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation")):
         results[job["policy"]] += episodes
     return results
+
+
+def dream_evaluation(cfg):
+    """Without a simulator: before and after in the dream, from the recorded first frames of the judging demonstrations.  -> results, dream_success"""
+    replay = Dataset(output(cfg, "play").with_name("replay"))
+    begin = np.array([a for task, a, _ in replay.segments if task == cfg.task])
+    frames, results = begin[np.arange(cfg.eval_episodes) % len(begin)], {}
+    for policy in ("bc", "tuned"):
+        seed_everything("evaluate", cfg.seed)
+        wm, actor, classifier = load_policy(cfg, policy)
+        agent = Agent(cfg, wm, actor, frozen=policy == "bc")
+        agent.reset(len(frames))
+        first = agent.observe({key: replay[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
+        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, agent, classifier, agent.state, first))]
+    return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])))
 
 
 # ======================================================================================================================
@@ -1096,6 +1115,8 @@ def evaluate(cfg, policies, seeds, record=0):
 
 def stage_play(cfg):
     """Task-agnostic play for the world model, and demonstrations of all eight tasks that only ever judge it."""
+    if cfg.data:
+        return use_given_play(cfg, output(cfg, "play"))
     folder, base = output(cfg, "play"), 1_000_000 * (cfg.seed + 1)   # play, demonstrations, judges and evaluation never share a seed
     parts = folder.with_name("play.parts")
     judges = {task: (base + 500_000 + 1000 * i, cfg.play_replay, 0) for i, task in enumerate(TASKS)}
@@ -1107,6 +1128,8 @@ def stage_play(cfg):
 def stage_demos(cfg):
     """Demonstrations of the task by the scripted expert."""
     folder = output(cfg, "demos")
+    if cfg.data:
+        return use_given_demos(cfg, folder)
     parts = folder.with_name(folder.name + ".parts")
     good = record(cfg, parts, {cfg.task: (1_000_000 * (cfg.seed + 1) + 700_000 + 10_000 * list(TASKS).index(cfg.task), cfg.demo_count, 0)})
     pack_recorded(cfg, "demos", folder, good)
@@ -1282,6 +1305,9 @@ def load_policy(cfg, policy):
 
 def stage_eval(cfg):
     """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
+    if cfg.sim == "none":
+        content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg))
+        return write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
     base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(TASKS).index(cfg.task)
     results = evaluate(cfg, ("bc", "tuned"), base + np.arange(cfg.eval_episodes), record=2)
     for policy, name in (("bc", "before"), ("tuned", "after")):
@@ -1315,9 +1341,15 @@ def stage_report(cfg):
 # ======================================================================================================================
 
 def check_config(cfg):
-    for name, allowed in (("task", TASKS), ("stage", [*STAGES, "report", "all"]), ("sim", ["tabletop"]), ("wm_encoder", ["linear", "conv"]), ("wm_latent", ["gaussian", "categorical"]),
+    for name, allowed in (("task", TASKS), ("stage", [*STAGES, "report", "all"]), ("sim", [*RENDERERS]), ("wm_encoder", ["linear", "conv"]), ("wm_latent", ["gaussian", "categorical"]),
                           ("bc_net", ["mlp", "unet"]), ("bc_actor", ["diffusion", "gaussian"]), ("reward_labels", ["unlabelled", "demos", "predicate"]), ("device", ["auto", "cpu", "cuda"])):
         known(getattr(cfg, name), allowed, name)
+    if cfg.sim == "none" and not cfg.data:
+        raise InputError("--sim none has nothing to record in: give a dataset with --data, or choose --sim tabletop")
+    if cfg.sim == "calvin":
+        calvin_real.import_calvin_env(cfg.calvin_root)      # now, not after hours of training
+    if cfg.data:
+        check_data(cfg)
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():

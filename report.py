@@ -153,17 +153,19 @@ def table(rows):
 def write(folder, task, settings, versions, evaluation, judged, minutes):
     """runs/<name>/report.md.  evaluation: content of eval_<task>.json; judged: the world model's own tables; minutes: {stage: minutes}."""
     before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
-    n, paper = len(before), PAPER[task]
+    n, paper, simulated = len(before), PAPER[task], settings["sim"] != "none"
     lines = [f"# {task}: practised in a dream", "",
              f"{n} start states, the same before and after; at most {settings['eval_steps']} steps; CALVIN's task rule; 95 % intervals. Seed {settings['seed']}, preset {settings['preset']}.",
-             "", "| success in the simulator | this run |", "|---|---|", *success_rows(before, after, evaluation["dream_success"]),
+             "", f"| success in the {'simulator' if simulated else 'dream (no simulator was given)'} | this run |", "|---|---|",
+             *success_rows(before, after, evaluation["dream_success"])[:4 if simulated else 3],
              f"| the paper's row, real CALVIN (BC, DiWA, WAM) | {paper[0]}, {paper[1]}, {paper[2]} % |", "",
              f"No simulator step was used between the recorded data and the fine-tuned policy. Reward labels: {settings['reward_labels']}.", "",
-             f"![learning curve](curves_{task}.png)", "", f"![dream](dream_{task}.gif) ![before](rollout_before_{task}.gif) ![after](rollout_after_{task}.gif)", "",
-             "## The success classifier on held-out policy rollouts", "",
-             "Every chunk end of the evaluation episodes, failures included; the same actions replayed in the dream from the first frame.", "",
-             "| rollouts of | seen | precision | recall | failed episodes in which it fires |", "|---|---|---|---|---|"]
-    for policy in ("bc", "tuned"):
+             f"![learning curve](curves_{task}.png)", "", f"![dream](dream_{task}.gif)" + (f" ![before](rollout_before_{task}.gif) ![after](rollout_after_{task}.gif)" if simulated else "")]
+    if simulated:
+        lines += ["", "## The success classifier on held-out policy rollouts", "",
+                  "Every chunk end of the evaluation episodes, failures included; the same actions replayed in the dream from the first frame.", "",
+                  "| rollouts of | seen | precision | recall | failed episodes in which it fires |", "|---|---|---|---|---|"]
+    for policy in ("bc", "tuned") if simulated else ():
         for where in ("real", "dream"):
             rows = evaluation["results"][policy]
             verdict = [v for r in rows for v in r[where]]
@@ -201,8 +203,9 @@ def curves(path, task, dream_log, curve, n_curve, before, after):
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot(*dream_log, color="tab:blue", label="dream (exploring, its own classifier)")
     steps, rates = [int(k) for k in curve], np.array(list(curve.values()))
-    low, high = np.array([wilson(r * n_curve, n_curve) for r in rates]).T
-    axis.errorbar(steps, rates, [np.maximum(rates - low, 0), np.maximum(high - rates, 0)], color="tab:orange", marker="o", capsize=3, label=f"simulator ({n_curve} other starts)")
+    low, high = np.array([wilson(r * n_curve, n_curve) for r in rates]).reshape(-1, 2).T
+    if curve:                                               # without a simulator there is none
+        axis.errorbar(steps, rates, [np.maximum(rates - low, 0), np.maximum(high - rates, 0)], color="tab:orange", marker="o", capsize=3, label=f"simulator ({n_curve} other starts)")
     axis.axhline(np.mean(before), color="gray", ls=":", label=f"cloned, {len(before)} test starts: {percent(np.mean(before))}")
     axis.axhline(np.mean(after), color="black", ls="--", label=f"fine-tuned, same starts: {percent(np.mean(after))}")
     axis.set(xlabel="PPO iteration in the dream", ylabel="success", ylim=(0, 1.05), title=task)

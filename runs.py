@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import calvin_real
 import calvin_sim
-from data import Dataset, InputError, pack, save_part, write_atomic
+from data import FIELDS, Dataset, InputError, pack, save_part, write_atomic
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
     "play": ("play_", (), False),
@@ -37,7 +38,7 @@ STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a
     "eval": ("eval_", ("finetune",), True),
 }
 SAVE_EVERY = 30                                             # seconds between partial checkpoints
-COMMON = ("seed", "sim", "image_size")                      # every stage depends on these
+COMMON = ("seed", "sim", "image_size")                      # every stage depends on these; with --data only eval on the simulator
 
 
 # --- settings -----------------------------------------------------------------------------------------------------------
@@ -58,6 +59,8 @@ def parse(argv, config, presets, description, epilog):
         near = difflib.get_close_matches(word, [f"--{f.name}" for f in fields], 1) if "unrecognized" in message else []
         raise InputError(f"{message}; {f'did you mean {near[0]}?' if near else 'see --help'}")
     parser.error = refuse
+    argv = [flag[:2] + flag[2:].partition("=")[0].replace("-", "_") + "".join(flag.partition("=")[1:]) if flag.startswith("--") else flag
+            for flag in (sys.argv[1:] if argv is None else argv)]        # --calvin-root is --calvin_root
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
@@ -66,7 +69,7 @@ def parse(argv, config, presets, description, epilog):
     saved = Path(given.get("runs", "runs")) / given.get("run", preset) / "config.json"
     settings = dict(presets[preset])
     if "preset" not in given and saved.exists():            # a run remembers its settings; flags still win
-        kept = {f.name for f in fields} - {"stage", "task", "run", "runs", "device", "workers"}
+        kept = {f.name for f in fields} - {"stage", "task", "run", "runs", "device", "workers"}        # data and calvin_root are remembered
         settings = {k: v for k, v in load_file(saved)["settings"].items() if k in kept}
         preset = settings["preset"]
     return config(**{**settings, "run": preset, **given, "preset": preset})
@@ -78,10 +81,13 @@ def known(value, allowed, name):
         raise InputError(f"--{name} {value} is unknown{f' (did you mean {near[0]}?)' if near else ''}: choose {', '.join(allowed)}")
 
 
+RENDERERS = {"tabletop": "PyBullet TinyRenderer (CPU)", "calvin": calvin_real.RENDERER, "none": "none"}
+
+
 def versions(cfg):
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
     return dict(torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), device=cfg.device, sim=cfg.sim,
-                renderer="PyBullet TinyRenderer (CPU)", commit=git.stdout.strip() if git and git.returncode == 0 else "unknown")
+                renderer=RENDERERS[cfg.sim], commit=git.stdout.strip() if git and git.returncode == 0 else "unknown")
 
 
 # --- results and their stamps -------------------------------------------------------------------------------------------
@@ -96,6 +102,10 @@ def stamp(cfg, stage):
     """All settings that the result of a stage depends on, those of the stages it reads included."""
     prefix, inputs, per_task = STAGES[stage]
     settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name.startswith(prefix) or f.name in COMMON or per_task and f.name == "task"}
+    if cfg.data:
+        settings["data"] = str(Path(cfg.data).resolve())
+        if stage != "eval":
+            del settings["sim"]
     for other in inputs:
         settings.update(stamp(cfg, other))
     return settings
@@ -256,12 +266,20 @@ def stop_if_orphaned():
 
 # --- recording ------------------------------------------------------------------------------------------------------------
 
+def sim_of(cfg):
+    return dict(sim=cfg.sim, image_size=cfg.image_size, calvin_root=cfg.calvin_root)
+
+
+def make_sim(sim, image_size, calvin_root):
+    return calvin_sim.Tabletop(image_size) if sim == "tabletop" else calvin_real.RealCalvin(image_size, root=calvin_root)
+
+
 def record_job(job):
     """One simulator process records one episode to a file, unless it is there already."""
     stop_if_orphaned()
-    path, kind, seed, size, length = Path(job["path"]), job["kind"], job["seed"], job["size"], job["length"]
+    path, kind, seed, length = Path(job["path"]), job["kind"], job["seed"], job["length"]
     if not path.exists():
-        sim = record_job.__dict__.setdefault("sim", None) or calvin_sim.Tabletop(size)               # one simulator a process
+        sim = record_job.__dict__.setdefault("sim", None) or make_sim(**job["sim"])                  # one simulator a process
         record_job.sim = sim
         if kind == "play":
             episode, solved = calvin_sim.play_episode(sim, seed, length), True
@@ -282,7 +300,7 @@ def record(cfg, parts, wanted):
         jobs = []
         for kind, (first, count, length) in wanted.items():
             missing = count - len(good[kind])
-            jobs += [dict(path=str(parts / f"{kind}_{first + tried[kind] + k}.npz"), kind=kind, seed=first + tried[kind] + k, size=cfg.image_size, length=length)
+            jobs += [dict(path=str(parts / f"{kind}_{first + tried[kind] + k}.npz"), kind=kind, seed=first + tried[kind] + k, length=length, sim=sim_of(cfg))
                      for k in range(missing)]
             tried[kind] += missing
             if tried[kind] > 3 * count + 20:
@@ -293,5 +311,65 @@ def record(cfg, parts, wanted):
 
 
 def pack_recorded(cfg, stage, folder, good):
-    meta = dict(source="built-in tabletop", stamp=stamp(cfg, stage), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
+    meta = dict(source="calvin_env" if cfg.sim == "calvin" else "built-in tabletop", stamp=stamp(cfg, stage), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
     pack([path for kind in good for path, _ in good[kind]], folder, meta, [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]] or None)
+
+
+# --- somebody else's recording: --data ------------------------------------------------------------------------------------
+
+def check_data(cfg):
+    """The dataset of --data, if a run with these settings can use it."""
+    given = Dataset(cfg.data)
+    if given.meta["image_size"] != cfg.image_size:
+        raise InputError(f"{cfg.data} holds frames of {given.meta['image_size']} px, not {cfg.image_size}: give --image_size {given.meta['image_size']}, or import it again")
+    if cfg.sim != "none" and given.meta.get("renderer") != RENDERERS[cfg.sim]:
+        print(f"warning: {cfg.data} was rendered by '{given.meta.get('renderer')}' and --sim {cfg.sim} renders by '{RENDERERS[cfg.sim]}': "
+              f"the policy will meet pictures that it was not trained on")
+    return given
+
+
+def cut_episodes(episodes, length):
+    """Cut long episodes [E, 2] into even pieces of at most `length` frames: whole ones can be held out, even if the recording is a single one."""
+    pieces = [np.array_split(np.arange(a, b + 1), -(-(b - a + 1) // length)) for a, b in episodes]
+    return np.array([(p[0], p[-1]) for episode in pieces for p in episode], np.int64)
+
+
+def use_given_play(cfg, folder):
+    """The dataset of --data as play, by links, and what was held out of it as the demonstrations that judge the world model."""
+    given, temporary = check_data(cfg), folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for key in FIELDS:
+        os.symlink((given.path / f"{key}.npy").resolve(), temporary / f"{key}.npy")
+    np.save(temporary / "ep_start_end_ids.npy", cut_episodes(given.episodes, cfg.play_episode))
+    (temporary / "meta.json").write_text(json.dumps(dict(given.meta, stamp=stamp(cfg, "play")), indent=1))
+    judges, (_, held_out) = [], Dataset(temporary).split(0.1)
+    for task in calvin_sim.TASKS:
+        every = [s for s in given.segments if s[0] == task]
+        unseen = [s for s in every if any(a <= s[1] and s[2] <= b for a, b in held_out)]
+        if every and not unseen:
+            print(f"warning: no segment of {task} was held out of {cfg.data}: the world model is judged on ones that it was trained on")
+        judges += (unseen or every)[:cfg.play_replay]
+    pack_segments(cfg, "play", folder.with_name("replay"), judges)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def use_given_demos(cfg, folder):
+    """Up to demo_count segments of the task in the dataset of --data, those that judge the world model last."""
+    given, (_, held_out) = check_data(cfg), Dataset(output(cfg, "play")).split(0.1)
+    segments = sorted((s for s in given.segments if s[0] == cfg.task), key=lambda s: any(a <= s[1] and s[2] <= b for a, b in held_out))[:cfg.demo_count]
+    if not segments:
+        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: 'python data.py inspect {cfg.data}' lists those it has")
+    print(f"  {len(segments)} demonstrations of {cfg.task} in {cfg.data}")
+    pack_segments(cfg, "demos", folder, segments)
+
+
+def pack_segments(cfg, stage, folder, segments):
+    """Copy segments [(task, first, last)] of the dataset of --data into one of their own, an episode each."""
+    given, parts = Dataset(cfg.data), folder.with_name(folder.name + ".parts")
+    for i, (_, a, b) in enumerate(segments):
+        save_part(parts / f"{i}.npz", {key: given[key][a:b + 1] for key in FIELDS})
+    meta = {key: given.meta.get(key) for key in ("source", "renderer")}
+    pack([parts / f"{i}.npz" for i in range(len(segments))], folder, dict(meta, stamp=stamp(cfg, stage), versions=versions(cfg)), [(task, 0, b - a) for task, a, b in segments])
+    shutil.rmtree(parts)
