@@ -72,6 +72,7 @@ def import_calvin_env(root):
     except ImportError as error:
         raise InputError(f"calvin_env cannot be imported from {root} ({error}): '{PIP}'") from error
     finally:
+        sys.path.remove(str(root))
         for name, package in replaced.items():
             sys.modules.pop(name) if package is None else sys.modules.update({name: package})
     module.get_git_commit_hash = lambda path: "unknown"      # it fails where the folder has no .git
