@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pybullet as pb
 
-from calvin_sim import BULB, BUTTON, DRAWER, HANDLES, LED, SLIDER, SWITCH, advance_target, sample_start
+from calvin_sim import BULB, LED, advance_target, sample_start
 from data import InputError, area_resize
 
 CLONE = "git clone https://github.com/mees/calvin_env"
@@ -41,12 +41,6 @@ def quiet():
     finally:
         os.dup2(keep, 1)
         os.close(keep), os.close(null)
-
-
-def real_handles():
-    """HANDLES, but aimed a little lower or further in: the true fingers taper and end 8 mm nearer the tcp than the tabletop's."""
-    shifts = {DRAWER: (0, 0, -0.006), SLIDER: (0, 0.020, 0.012), BUTTON: (0, 0, -0.008), SWITCH: (0, 0.010, 0)}     # m
-    return {joint: (tuple(np.add(centre, shifts.get(joint, 0))), travel) for joint, (centre, travel) in HANDLES.items()}
 
 
 def import_calvin_env(root):
@@ -84,7 +78,6 @@ class RealCalvin:
     """calvin_env with the interface of Tabletop.  Frames are rendered at CALVIN's own sizes (200 and 84 px) and averaged down.
 
     One a process: some of calvin_env's calls go to the first physics client, whoever owns it."""
-    handles = real_handles()
 
     def __init__(self, image_size=64, render=True, root=None):
         self.image_size, self.env = image_size, None

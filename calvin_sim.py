@@ -34,16 +34,14 @@ WINDUP_POS, WINDUP_ORN = 0.06, 0.15          # how far the target may lead the m
 ROBOT_BASE = (-0.34, -0.46, 0.24)
 HOME = np.array([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])  # CALVIN's default arm joints, rad
 HOME_TCP = np.array([0.0259, -0.2313, 0.5713])
-TCP_OFFSET, TIP = 0.14, 0.023                # tcp beyond the hand frame, fingertips beyond the tcp, along the tool: m
+TCP_OFFSET, TIP = 0.14, 0.0157               # tcp beyond the hand frame, fingertips beyond the tcp, along the tool: m
 ARM, FINGERS, HAND_LINK, TCP_LINK = tuple(range(7)), (9, 10), 8, 11
 JOINT_LOW = np.array([-2.9671, -1.8326, -2.9671, -3.1416, -2.9671, -0.0873, -2.9671])
 JOINT_HIGH = np.array([2.9671, 1.8326, 2.9671, 0.0, 2.9671, 3.8223, 2.9671])
 SLIDER, DRAWER, BUTTON, SWITCH, BULB, LED = range(6)     # places in scene_obs
+SUBSTEPS = 8                                 # of 1/240 s; PyBullet gives each the impulse of a whole step: forces are divided
 BULB_AT, LED_AT = 0.044, 0.010               # joint thresholds of the two lamps, m
 LIMITS = (0.28, 0.22, 0.02, 0.088)           # travel of slider, drawer, button, switch, m
-HANDLES = {  # joint -> centre of the handle at 0, direction of travel
-    DRAWER: ((0.18, -0.2495, 0.36), (0, -1, 0)), SLIDER: ((0.04, 0.0, 0.545), (-1, 0, 0)),
-    SWITCH: ((0.30, 0.0205, 0.527), (0, 0.5, 0.866)), BUTTON: ((-0.12, -0.12, 0.486), (0, 0, -1))}
 
 
 # ---- Tasks: CALVIN's predicates and start states, pure functions of the scene state ----------------------------------
@@ -243,9 +241,9 @@ def panda_urdf(folder):
     for mesh in set(re.findall(r"meshes/collision/(\w+)\.obj", text)):
         lines = (source / "meshes" / "collision" / (mesh + ".obj")).read_text().splitlines()
         points = np.array([line.split()[1:4] for line in lines if line.startswith("v ")], float)
-        if mesh == "finger":                             # a tapered box, 0.105 m long, inner face at y = 0
-            ends = ((0.01, 0.018, 0), (0.008, 0.009, 0.105))
-            points = np.array([(x * side, y * w, z) for x, w, z in ends for side in (-1, 1) for y in (0, 1)])
+        if mesh == "finger":                             # a wedge 0.097 m long, inner face at y = 0: half width, y, z
+            profile = ((0.011, 0, 0), (0.011, 0.030, 0.0085), (0.011, 0.020, 0.0465), (0.0105, 0.010, 0.0885), (0.006, 0.005, 0.0973), (0.0085, 0, 0.092))
+            points = np.array([(x * side, y, z) for x, y, z in profile for side in (-1, 1)])
         (folder / (mesh + ".obj")).write_text(hulls_obj([points]))
     text = re.sub(r"package://meshes/\w+/(\w+)\.obj", r"\1.obj", text)
     # only the wrist, the hand and the fingers can touch the desk; the upper arm never reaches it
@@ -266,7 +264,6 @@ GRIPPER_CAM = euler_matrix(np.array([1.3, 0, -1.57]))    # in the hand frame, 0.
 
 class Tabletop:
     """The desk, the arm and two cameras. One control step is 1/30 s."""
-    handles = HANDLES                                    # where the expert looks for them
 
     def __init__(self, image_size=64, render=True):
         self.image_size, self.render = image_size, render
@@ -298,18 +295,18 @@ class Tabletop:
     def _configure(self):
         c = dict(physicsClientId=self.client)
         pb.setGravity(0, 0, -9.8, **c)
-        pb.setPhysicsEngineParameter(fixedTimeStep=1 / 30, numSubSteps=8, numSolverIterations=12,     # 8 x 1/240 s
-                                     solverResidualThreshold=1e-5, minimumSolverIslandSize=1, **c)
+        pb.setPhysicsEngineParameter(fixedTimeStep=1 / 30, numSubSteps=SUBSTEPS, numSolverIterations=50,
+                                     solverResidualThreshold=1e-7, minimumSolverIslandSize=1, **c)
         pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **c)     # the order of contacts: not as history had it
         for body in (self.robot, self.desk):
             for joint in range(pb.getNumJoints(body, **c)):
                 pb.changeDynamics(body, joint, linearDamping=0, angularDamping=0, jointDamping=0, **c)
         ends = (self.robot, FINGERS[0], self.robot, FINGERS[1])
         gear = pb.createConstraint(*ends, pb.JOINT_GEAR, (1, 0, 0), (0, 0, 0), (0, 0, 0), **c)
-        pb.changeConstraint(gear, gearRatio=-1, erp=0.1, maxForce=50, **c)
+        pb.changeConstraint(gear, gearRatio=-1, erp=0.1, maxForce=50 / SUBSTEPS, **c)
         for joint in self.fixtures:
-            pb.setJointMotorControl2(self.desk, joint, pb.VELOCITY_CONTROL, targetVelocity=0, force=4, **c)
-        pb.setJointMotorControl2(self.desk, self.fixtures[BUTTON], pb.POSITION_CONTROL, targetPosition=0, force=4, **c)
+            pb.setJointMotorControl2(self.desk, joint, pb.VELOCITY_CONTROL, targetVelocity=0, force=4 / SUBSTEPS, **c)
+        pb.setJointMotorControl2(self.desk, self.fixtures[BUTTON], pb.POSITION_CONTROL, targetPosition=0, force=4 / SUBSTEPS, **c)
         self.pristine = pb.saveState(**c)
 
     def _sort_shapes(self):
@@ -379,7 +376,7 @@ class Tabletop:
     def _drive(self, joints):
         finger = (0.04, 2, 1) if self.command > 0 else (0.0, 200, 1)
         for joint, (goal, force, speed) in zip(ARM + FINGERS, [(q, 200, 2) for q in joints] + [finger] * 2):
-            pb.setJointMotorControl2(self.robot, joint, pb.POSITION_CONTROL, targetPosition=goal, force=force,
+            pb.setJointMotorControl2(self.robot, joint, pb.POSITION_CONTROL, targetPosition=goal, force=force / SUBSTEPS,
                                      maxVelocity=speed, physicsClientId=self.client)
 
     def _update_lamps(self):
@@ -457,6 +454,9 @@ class Skill(NamedTuple):
 
 DOWN = np.array([np.pi, 0, np.pi / 2])                   # the tool vertical, fingers along x
 UNIT = np.array([MAX_REL_POS] * 3 + [MAX_REL_ORN] * 3)
+HANDLES = {  # joint -> centre of the handle at 0, direction of travel
+    DRAWER: ((0.18, -0.2495, 0.36), (0, -1, 0)), SLIDER: ((0.04, 0.0, 0.545), (-1, 0, 0)),
+    SWITCH: ((0.30, 0.0205, 0.527), (0, 0.5, 0.866)), BUTTON: ((-0.12, -0.12, 0.486), (0, 0, -1))}
 
 
 def _slide(side, at):
@@ -499,13 +499,11 @@ def _difference(pose, other):
 class Expert:
     """Follows noisy waypoints by relative actions: act(robot_obs [15], scene_obs [24]) -> action [7].
 
-    It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions;
-    `handles` (see HANDLES) says where that simulator has its handles.
+    It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions.
     `error` (m) displaces the whole attempt: that is a near miss or a miss. `haste` speeds it up.
     """
 
-    def __init__(self, task_name, rng, error=0.0, haste=1.0, handles=HANDLES):
-        self.handles = handles
+    def __init__(self, task_name, rng, error=0.0, haste=1.0):
         self.skill = SKILLS[task_name][0 if rng.random() < 0.65 else -1]
         direction = rng.normal(size=3)
         self.error, self.rng, self.haste = error * direction / np.linalg.norm(direction), rng, haste
@@ -541,7 +539,7 @@ class Expert:
         euler = DOWN + self.tilt
         if point is None:                                # relative to where the arm is
             return np.concatenate([robot_obs[:3] + noise, euler])
-        centre, travel = self.handles[self.skill.joint]
+        centre, travel = HANDLES[self.skill.joint]
         joint = scene_obs[self.skill.joint] if point.at is None else point.at
         tip = np.array(centre) + np.array(travel) * joint + np.array(point[:3]) + self.shift + noise
         return np.concatenate([tip - TIP * euler_matrix(euler)[:, 2], euler])
@@ -600,7 +598,7 @@ class _Recorder:
 def demo_episode(sim, task_name, seed, max_steps=120):
     """One demonstration from a random start -> (episode of arrays [T, ...], solved). A function of the seed alone."""
     rng = np.random.default_rng([seed, list(TASKS).index(task_name), 1])
-    recorder, expert, last = _Recorder(sim, sample_start(task_name, rng)), Expert(task_name, rng, handles=sim.handles), None
+    recorder, expert, last = _Recorder(sim, sample_start(task_name, rng)), Expert(task_name, rng), None
     start = recorder.obs["scene_obs"]
     while recorder.length < max_steps and recorder.length != last:
         scene = recorder.step(expert)
@@ -631,7 +629,7 @@ def play_episode(sim, seed, length):
         before = recorder.obs["scene_obs"]
         name = _next_task(before, name, rng)
         error = rng.uniform(0.01, 0.06) if rng.random() < 0.33 else 0.0
-        expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8), handles=sim.handles)
+        expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8))
         expert.skip_ahead(recorder.obs["robot_obs"], before)
         patience = int(rng.integers(5, 30)) if rng.random() < 0.08 else 60
         while recorder.length < length and not expert.done and patience > 0:
