@@ -208,3 +208,51 @@ def test_online_rival_runs(done):
     assert following.shape == final.shape == feature.shape and reward.shape == (2,)
     assert (terminated | truncated).all() and not torch.equal(following, final), "a finished episode restarts; its last feature is still there"
     assert np.all(env.age == 0)
+
+
+@pytest.fixture(scope="session")
+def recording(done, tmp_path_factory):
+    """What a user with a recording of their own has: play in a few long episodes, some spans of which carry a task's name."""
+    import numpy as np
+    from data import Dataset, pack, save_part
+    folder = tmp_path_factory.mktemp("data")
+    play, demos = Dataset(done / "smoke" / "play"), Dataset(done / "smoke" / "demos_close_drawer")
+    parts, spans = [folder / f"{i}.npz" for i in range(4)], []
+    for i, part in enumerate(parts):
+        frames = {key: np.concatenate([play[key][500 * i:500 * i + 500], *(demos[key][a:b + 1] for _, a, b in demos.segments[i::4])]) for key in runs.FIELDS}
+        save_part(part, frames)
+        spans.append(("close_drawer", 500, 500 + demos.segments[i][2] - demos.segments[i][1]))
+    pack(parts, folder / "packed", dict(source="a robot", renderer="a camera"), spans)
+    return folder / "packed"
+
+
+def test_a_recording_alone_is_enough(recording, tmp_path, capsys):
+    """--sim none: every stage but the simulator's, ending in dream success; and then, on the same results, an evaluation in a simulator."""
+    flags = [*TINY, "--runs", str(tmp_path), "--data", str(recording), "--eval_episodes", "4"]
+    assert diwa.main([*flags, "--stage", "all", "--sim", "none"]) == 0
+    folder = tmp_path / "smoke"
+    text, evaluation = (folder / "report.md").read_text(), json.loads((folder / "eval_close_drawer.json").read_text())
+    assert "dream (no simulator was given)" in text and "precision" not in text and "rollout" not in text and "nan" not in text.split("## The world model")[0]
+    assert [len(evaluation["results"][policy]) for policy in ("bc", "tuned")] == [4, 4] and 0 <= evaluation["dream_success"] <= 1
+    play, demos = runs.Dataset(folder / "play"), runs.Dataset(folder / "demos_close_drawer")
+    assert (folder / "play" / "rgb_static.npy").is_symlink() and len(play) == len(runs.Dataset(recording))
+    assert (play.episodes[:, 1] - play.episodes[:, 0]).max() < 200 and play.episodes[:, 0][1:].tolist() == (play.episodes[:-1, 1] + 1).tolist()
+    assert len(demos.segments) == 4 and demos.meta["renderer"] == "a camera"
+    capsys.readouterr()
+    assert diwa.main([*flags, "--stage", "all", "--sim", "tabletop", "--eval_curve", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("skipped") == len(runs.STAGES) - 1, "only the evaluation depends on the simulator"
+    assert "warning" in out and "a camera" in out, "other pictures than those it was trained on"
+
+
+@pytest.mark.parametrize("flags, words", [(["--sim", "none"], "--data"), (["--sim", "none", "--data", "/nowhere"], "meta.json"), (["--sim", "calvn"], "calvin"),
+                                          (["--sim", "none", "--data", "RECORDING", "--image-size", "32"], "--image_size 64"),
+                                          (["--sim", "none", "--data", "RECORDING", "--task", "open_drawer", "--stage", "demos"], "no segments of open_drawer")])
+def test_wrong_data_is_one_sentence(recording, tmp_path, capsys, flags, words):
+    flags = [str(recording) if flag == "RECORDING" else flag for flag in flags]
+    runs_flag = ["--runs", str(tmp_path)]
+    if "--stage" in flags:
+        assert diwa.main([*TINY, *runs_flag, *flags[:-1], "play"]) == 0
+    assert diwa.main([*TINY, *runs_flag, *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.strip().count("\n") == 0
