@@ -295,7 +295,7 @@ class Tabletop:
     def _configure(self):
         c = dict(physicsClientId=self.client)
         pb.setGravity(0, 0, -9.8, **c)
-        pb.setPhysicsEngineParameter(fixedTimeStep=1 / 30, numSubSteps=SUBSTEPS, numSolverIterations=50,
+        pb.setPhysicsEngineParameter(fixedTimeStep=1 / 30, numSubSteps=SUBSTEPS, numSolverIterations=20,
                                      solverResidualThreshold=1e-7, minimumSolverIslandSize=1, **c)
         pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **c)     # the order of contacts: not as history had it
         for body in (self.robot, self.desk):
