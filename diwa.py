@@ -118,7 +118,7 @@ class Config:
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
     reward_play: float = 0.5        # weight of a play pair in the cross-entropy
     # ft: PPO in the dream, sections 5 and 6
-    ft_iterations: int = 20         # rollout + update (paper: about 770)
+    ft_iterations: int = 10         # rollout + update (paper: about 770)
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
@@ -130,11 +130,11 @@ class Config:
     ft_actor_lr: float = 1e-4       # AdamW (paper: 1e-5)
     ft_critic_lr: float = 1e-3      # AdamW (paper: 1e-3)
     ft_warmup: int = 2              # iterations that train the critic only
-    ft_gamma: float = 0.999         # discount a chunk (paper: .999)
+    ft_gamma: float = 0.98          # discount a chunk: impatience, or the policy meets the time limit (paper: .999)
     ft_lambda: float = 0.95         # GAE (paper: .95)
     ft_gamma_denoise: float = 0.99  # discount a denoising step (paper: .99)
-    ft_clip: float = 0.01           # clip range at the last denoising step (paper: .01)
-    ft_clip_first: float = 0.001    # clip range at the noisiest fine-tuned step (paper: .001)
+    ft_clip: float = 0.03           # clip range at the last denoising step (paper: .01)
+    ft_clip_first: float = 0.003    # clip range at the noisiest fine-tuned step (paper: .001)
     ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
     ft_value: float = 0.5           # weight of the value loss (paper: .5)
     ft_bc: float = 0.05             # alpha_BC, pull towards the frozen policy's chains (paper: .05)
@@ -147,11 +147,12 @@ class Config:
 PRESETS = {
     "cpu": {},
     "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
-                wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256, ft_iterations=40),
+                wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
                   wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
-                  ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5),
+                  ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5,
+                  ft_gamma=0.999, ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
     "smoke": dict(play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64, wm_embed=64, wm_z=16,
                   wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150, reward_hidden=64, reward_updates=60, ft_iterations=3,
                   ft_dreams=16, ft_epochs=2, ft_warmup=1, ft_snapshot=2, eval_episodes=8, eval_curve=4),
