@@ -1331,7 +1331,7 @@ def stage_report(cfg):
     score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].detach().cpu().numpy()
     truth = [replay.ds[k][a:b + 1] for k in ("rgb_static", "rgb_gripper")]
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
-    report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score))
+    report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), scale=2)
     minutes = {stage: read_log(cfg, stage, "minutes")[1][-1] for stage in STAGES if read_log(cfg, stage, "minutes")[1]}
     lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, load(cfg, "wm")["judged"], minutes)
     print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
