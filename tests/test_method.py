@@ -24,7 +24,7 @@ FEATURE = 11                                                # size of the made-u
 def tiny(**changes):
     """A configuration that is small enough for a unit test."""
     small = dict(device="cpu", image_size=64, wm_codes=8, wm_depth=2, wm_z=4, wm_classes=5, wm_h=16, wm_hidden=16, wm_embed=16, bc_hidden=32,
-                 reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3, ft_epochs=2, ft_minibatches=2)
+                 reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3, ft_epochs=2, ft_minibatches=2, ft_clip=0.01, ft_clip_first=0.001)
     return diwa.Config(**{**small, **changes})
 
 
