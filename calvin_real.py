@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pybullet as pb
 
-from calvin_sim import BULB, LED, advance_target, sample_start
+from calvin_sim import BULB, LED, advance_target, checked_action, checked_start
 from data import InputError, area_resize
 
 CLONE = "git clone https://github.com/mees/calvin_env"
@@ -49,7 +49,7 @@ def import_calvin_env(root):
     for needed in ("calvin_env/envs/play_table_env.py", "conf/config_data_collection.yaml", "data/calvin_table_D"):
         if not (root / needed).exists():
             raise InputError(f"{root} is no clone of calvin_env ({needed} is missing there): '{CLONE}', then give its folder with --calvin-root")
-    # three packages serve a base class, a line in the log and a window that nobody opens; an empty module does as well, and spares
+    # gym, git and cv2 serve a base class, a line in the log and a window that nobody opens; an empty module does as well, and spares
     # gym's long warning, GitPython's need of a git executable and OpenCV's of libGL
     empty = {name: types.ModuleType(name) for name in ("gym", "gym.utils", "gym.utils.seeding", "git", "cv2")}
     empty["gym"].Env, empty["gym"].utils, empty["gym.utils"].seeding = object, empty["gym.utils"], empty["gym.utils.seeding"]
@@ -103,12 +103,7 @@ class RealCalvin:
 
     def reset(self, robot_obs=None, scene_obs=None, seed=None):
         """Restore a recorded state; what is not given is drawn from `seed`. -> obs."""
-        if robot_obs is None or scene_obs is None:
-            drawn = sample_start("open_drawer", np.random.default_rng(seed))
-            robot_obs, scene_obs = (d if o is None else o for o, d in zip((robot_obs, scene_obs), drawn))
-        robot, scene = np.array(robot_obs, float), np.array(scene_obs, float)
-        if robot.shape != (15,) or scene.shape != (24,) or not np.isfinite([*robot, *scene]).all():
-            raise ValueError(f"reset needs finite robot_obs [15] and scene_obs [24], got {robot} and {scene}.")
+        robot, scene = checked_start(robot_obs, scene_obs, seed)
         scene[[BULB, LED]] = scene[[BULB, LED]] > 0.5    # it takes exactly 0 and 1
         self.env.robot.gripper_action = 1 if robot[14] >= 0 else -1      # its reset forgets the last command
         self.env.p.restoreState(self.pristine)           # and keeps old contacts: an episode would depend on those before it,
@@ -124,9 +119,7 @@ class RealCalvin:
 
     def step(self, action):
         """One control step of 1/30 s: action [7] in [-1, 1] -> obs."""
-        action = np.asarray(action, float)
-        if action.shape != (7,) or not (np.abs(action) <= 1 + 1e-3).all():       # a NaN would hang it for ever, without a word
-            raise ValueError(f"an action is 7 finite numbers in [-1, 1], got {action}.")
+        action = checked_action(action)
         # its own target runs away from a blocked arm without end; ours, which is the tabletop's and the dream's, does not
         self.target = advance_target(self.target, action, self.tcp)
         self.env.robot.target_pos, self.env.robot.target_orn = self.target[:3].copy(), self.target[3:].copy()

@@ -100,6 +100,23 @@ def sample_robot(rng):
             return np.concatenate([tcp, [opening], joints, [1.0 if opening else -1.0]]).astype(np.float32)
 
 
+def checked_start(robot_obs, scene_obs, seed):
+    """What a simulator's reset was given -> finite robot_obs [15], scene_obs [24] as new f64 arrays; None is drawn from `seed`."""
+    drawn = sample_start("open_drawer", np.random.default_rng(seed))
+    robot, scene = (np.array(d if o is None else o, float) for o, d in zip((robot_obs, scene_obs), drawn))
+    if robot.shape != (15,) or scene.shape != (24,) or not np.isfinite([*robot, *scene]).all():
+        raise ValueError(f"reset needs finite robot_obs [15] and scene_obs [24], got {robot} and {scene}.")
+    return robot, scene
+
+
+def checked_action(action):
+    """-> action [7] f64. A NaN must not get further: it would hang calvin_env for ever, without a word."""
+    action = np.asarray(action, float)
+    if action.shape != (7,) or not (np.abs(action) <= 1 + 1e-3).all():
+        raise ValueError(f"an action is 7 finite numbers in [-1, 1], got {action}.")
+    return action
+
+
 # ---- Geometry of rotations and of the arm ----------------------------------------------------------------------------
 def euler_matrix(euler):
     """Extrinsic xyz Euler angles [3] -> rotation matrix [3, 3]."""
@@ -330,12 +347,7 @@ class Tabletop:
 
     def reset(self, robot_obs=None, scene_obs=None, seed=None):
         """Restore a recorded state; what is not given is drawn from `seed`. -> obs."""
-        if robot_obs is None or scene_obs is None:
-            drawn = sample_start("open_drawer", np.random.default_rng(seed))
-            robot_obs, scene_obs = (d if o is None else o for o, d in zip((robot_obs, scene_obs), drawn))
-        robot, scene = np.asarray(robot_obs, float), np.asarray(scene_obs, float)
-        if robot.shape != (15,) or scene.shape != (24,) or not np.isfinite([*robot, *scene]).all():
-            raise ValueError(f"reset needs finite robot_obs [15] and scene_obs [24], got {robot} and {scene}.")
+        robot, scene = checked_start(robot_obs, scene_obs, seed)
         c = dict(physicsClientId=self.client)
         for body in self.blocks:                         # that a block sleeps is not in a saved state: wake all, then
             pb.changeDynamics(body, -1, activationState=pb.ACTIVATION_STATE_WAKE_UP, **c)
@@ -360,9 +372,7 @@ class Tabletop:
 
     def step(self, action):
         """One control step: action [7] in [-1, 1] -> obs."""
-        action = np.asarray(action, float)
-        if action.shape != (7,) or not (np.abs(action) <= 1 + 1e-3).all():
-            raise ValueError(f"an action is 7 finite numbers in [-1, 1], got {action}.")
+        action = checked_action(action)
         self.target = advance_target(self.target, action, self.tcp)
         self.command = 1.0 if action[6] >= 0 else -1.0
         joints = pb.calculateInverseKinematics(

@@ -5,11 +5,11 @@
     python diwa.py --stage all --task turn_on_led  # another of the eight tasks; play and world model are reused
     python diwa.py --help                          # every setting, its default and the paper's value
 
-Read it top to bottom; each section is one idea (what every program needs and no paper mentions is in runs.py and report.py):
+Read it top to bottom; each section is one idea (what every program needs and no paper mentions is in runs.py, recording.py, evaluate.py and report.py):
 
     1 Config          every number, once                       5 Dream     a world model is an environment
     2 World model     pixels + actions -> imagined futures     6 PPO       credit for every denoising step
-    3 Actor           a policy that denoises action chunks     7 Agent     what a robot would run; evaluation
+    3 Actor           a policy that denoises action chunks     7 Agent     what a robot would run
     4 Reward          a classifier that recognises success     8 Stages    the pipeline, one function each
 
 Symbols: B batch (dreams), T time steps, H chunk length, A = 7 action numbers, K denoising steps (K' of them fine-tuned),
@@ -45,8 +45,10 @@ import calvin_sim
 import report
 from calvin_sim import TASKS, advance_target
 from data import Dataset, InputError, action_chunks, window_starts, write_atomic
-from runs import (RENDERERS, STAGES, Log, Snapshots, check_data, in_processes, known, load, make_sim, output, pack_recorded, parse, read_log, record, save,
-                  seed_everything, sim_of, stamp, stamp_of, train, use_given_demos, use_given_play, versions)
+from evaluate import evaluate
+from recording import Recording, decode_pose, encode_command, encode_proprio
+from runs import (RENDERERS, STAGES, Log, Snapshots, check_data, known, load, output, pack_recorded, parse, read_log, record, save, seed_everything, stamp, stamp_of,
+                  train, use_given_demos, use_given_play, versions)
 
 # ======================================================================================================================
 # 1  Config.  Every number of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -177,31 +179,6 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 #    Alignment matters: step t consumes the action executed BEFORE frame t.  Every training sequence starts from the zero state,
 #    because that is how each dream and each deployment starts.
 # ======================================================================================================================
-
-HOME_POSE = torch.tensor([0.03, -0.23, 0.55, math.pi, 0.0, math.pi / 2])            # m, rad: the tool points straight down
-HOME_JOINTS = torch.tensor([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])
-POSE_SCALE = torch.tensor([0.1, 0.1, 0.1, 0.3, 0.3, 0.3])
-
-def wrap(angle):
-    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
-
-def encode_pose(pose):
-    """TCP pose [..., 6] in m and rad -> about unit scale, continuous where roll jumps from pi to -pi."""
-    home, scale = HOME_POSE.to(pose), POSE_SCALE.to(pose)
-    return torch.cat([pose[..., :3] - home[:3], wrap(pose[..., 3:] - home[3:])], -1) / scale          # [..., 6]
-
-def decode_pose(code):
-    return code * POSE_SCALE.to(code) + HOME_POSE.to(code)
-
-def encode_proprio(robot_obs):
-    """CALVIN's robot_obs [..., 15] -> the same 15 numbers at about unit scale."""
-    width, command = robot_obs[..., 6:7] / 0.04 - 1, robot_obs[..., 14:15]
-    joints = (robot_obs[..., 7:14] - HOME_JOINTS.to(robot_obs)) / 0.5
-    return torch.cat([encode_pose(robot_obs[..., :6]), width, joints, command], -1)                   # [..., 15]
-
-def encode_command(target, gripper):
-    """Commanded pose [..., 6] and last gripper command [..., 1] -> c [..., 7]."""
-    return torch.cat([encode_pose(target), gripper], -1)
 
 def mlp(sizes, activation=nn.ELU, norm=True):
     """Linear (LayerNorm) activation ... Linear; LUMOS normalises the pre-activations with eps 1e-3."""
@@ -361,6 +338,7 @@ class WorldModel(nn.Module):
         self.post_out = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU(), nn.Linear(cfg.wm_hidden, stats_size(cfg)))
         self.decoder = ConvDecoder(cfg, self.feature_size) if self.conv else mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
         self.pose_head = mlp([self.feature_size, e, 15])
+        self.register_buffer("lead", torch.ones(()))        # see Recording: does the target remember what the arm has not reached yet?
 
     def embed(self, obs):
         """obs: proprio [..., 15] and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E + 15]."""
@@ -459,63 +437,6 @@ def world_model_loss(wm, batch, cfg):
         loss = loss + cfg.wm_open * (dreamed_image + cfg.wm_proprio * dreamed_pose)
         metrics.update(open_image=dreamed_image, open_pose=dreamed_pose)
     return loss, metrics
-
-class Recording:
-    """A dataset as the world model wants it: actions shifted by one, commanded poses, proprioception, and codes where the encoder is linear.
-
-    Frames stay on the host; batch() moves windows to the device."""
-
-    def __init__(self, cfg, dataset, wm=None):
-        self.cfg, self.ds = cfg, dataset
-        robot, actions = np.array(dataset["robot_obs"]), np.array(dataset["rel_actions"])
-        target = commanded_targets(robot, actions, dataset.episodes)                                  # [N, 6]
-        before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])                         # the action executed before the frame
-        first = dataset.episodes[:, 0]
-        before[first] = 0
-        gripper = before[:, 6:].copy()
-        gripper[first] = robot[first, 14:15]
-        self.target = torch.from_numpy(target)
-        self.action = torch.from_numpy(before)
-        self.command = encode_command(self.target, torch.from_numpy(gripper))
-        self.proprio = encode_proprio(torch.from_numpy(robot))
-        self.scene = np.array(dataset["scene_obs"])
-        self.codes = None
-        if wm is not None and wm.codec:
-            self.encode(wm)
-
-    @torch.no_grad()
-    def encode(self, wm):
-        device = wm.codec.static_mean.device
-        parts = []
-        for a in range(0, len(self.ds), 2000):
-            frames = [torch.from_numpy(np.array(self.ds[k][a:a + 2000])).to(device) for k in ("rgb_static", "rgb_gripper")]
-            parts.append(wm.codec.encode(*frames).cpu())
-        self.codes = torch.cat(parts)                                                                 # [N, k]
-
-    def batch(self, frames):
-        """frames [..., T] of frame numbers -> tensors on the device.  The first action of a window is erased: nothing came before it."""
-        frames = np.asarray(frames)
-        index, device = torch.from_numpy(frames), self.cfg.device
-        out = {k: getattr(self, k)[index].to(device) for k in ("action", "command", "proprio")}
-        out["action"][..., 0, :] = 0
-        if self.codes is not None:
-            out["codes"] = self.codes[index].to(device)
-        else:
-            for k in ("rgb_static", "rgb_gripper"):
-                out[k] = torch.from_numpy(self.ds[k][frames.reshape(-1)].reshape(*frames.shape, *self.ds[k].shape[1:])).to(device)
-        return out
-
-def commanded_targets(robot_obs, actions, episodes):
-    """Integrate the commands exactly as the simulator does: target[t+1] = advance(target[t], action[t], measured tcp[t]).  -> [N, 6] f32
-
-    All episodes advance together, one time step a loop."""
-    target = np.zeros((len(robot_obs), 6), np.float32)
-    first, lengths = episodes[:, 0], episodes[:, 1] - episodes[:, 0] + 1
-    target[first] = robot_obs[first, :6]
-    for t in range(lengths.max() - 1):
-        now = first[lengths > t + 1] + t
-        target[now + 1] = advance_target(target[now], actions[now], robot_obs[now, :6])
-    return target
 
 @torch.no_grad()
 def views(wm, recording, starts, length, last=None):
@@ -832,7 +753,7 @@ def feature_of(state):
 def dream_step(wm, state, action):
     """One imagined step: integrate the command as the simulator does, then memory, then a guess from the prior.  action [B, 7] -> state"""
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else state["target"]
-    target = advance_target(state["target"], action, tcp)
+    target = advance_target(tcp + wm.lead * (state["target"] - tcp), action, tcp)
     command = encode_command(target, action[:, 6:])
     h = wm.step(state["h"], state["z"], action, command)
     return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
@@ -841,6 +762,26 @@ def executed(action):
     """What the arm receives for a policy's numbers [..., 7]: clipped to [-1, 1], the gripper binary, in dreams as on the robot."""
     grip = torch.where(action[..., 6:] >= 0, 1.0, -1.0)
     return torch.cat([action[..., :6].clamp(-1, 1), grip], -1)
+
+@torch.no_grad()
+def replay_in_dream(wm, classifier, state, first, actions, chunk):
+    """Replay executed actions [B, T, 7] in the dream from the agent's first state: the classifier's verdicts at chunk ends [B, T / H]."""
+    verdicts = []
+    for t, action in enumerate(actions.unbind(1)):
+        state = dream_step(wm, state, action)
+        if (t + 1) % chunk == 0:
+            verdicts.append(classifier.success(first, feature_of(state)))
+    return torch.stack(verdicts, 1).cpu().numpy()
+
+@torch.no_grad()
+def dream_on(cfg, wm, actor, classifier, state, first, frozen=False):
+    """The policy itself in the dream, from the agent's first state: does the dream believe in its success?  [B]"""
+    solved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+    for _ in range(cfg.eval_steps // cfg.bc_chunk):
+        for action in executed(actor.act(feature_of(state), frozen=frozen)).unbind(1):
+            state = dream_step(wm, state, action)
+        solved |= classifier.success(first, feature_of(state)) > 0
+    return solved.cpu().numpy()
 
 
 # ======================================================================================================================
@@ -946,7 +887,7 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, t
 
 # ======================================================================================================================
 # 7  Agent.  World model and actor as one object, the one a robot would run: it filters every frame with the action that led to
-#    it, and every H steps asks the actor for a new chunk.  Evaluation runs this object and nothing else.
+#    it, and every H steps asks the actor for a new chunk.  Evaluation (evaluate.py) runs this object and nothing else.
 # ======================================================================================================================
 
 class Agent:
@@ -967,7 +908,7 @@ class Agent:
         if self.target is None:
             self.target, command = tcp, encode_command(tcp, gripper)
         else:
-            self.target = advance_target(self.target, self.action, self.tcp)
+            self.target = advance_target(self.tcp + self.wm.lead * (self.target - self.tcp), self.action, self.tcp)
             command = encode_command(self.target, self.action[:, 6:])
         self.tcp = tcp
         obs["proprio"] = encode_proprio(obs["robot_obs"])
@@ -1018,98 +959,6 @@ class SimEnv:
         flags = [torch.from_numpy(x).to(device) for x in (done, truncated)]
         return feature, flags[0].float(), *flags, final
 
-def evaluation_job(job):
-    """One simulator process: run the agent from the given start seeds, 16 tabletops in lock step.  -> list of episodes, see run_episodes"""
-    cfg, policy, seeds, record = Config(**job["cfg"]), job["policy"], job["seeds"], job["record"]
-    torch.set_num_threads(1)
-    cfg.device = "cpu"
-    wm, actor, classifier = load_policy(cfg, policy)
-    agent, results = Agent(cfg, wm, actor, frozen=policy == "bc"), []
-    sims = [make_sim(**sim_of(cfg)) for _ in range(min(16 if cfg.sim == "tabletop" else 1, len(seeds)))]       # calvin_env: one a process
-    for a in range(0, len(seeds), len(sims)):
-        group = seeds[a:a + len(sims)]
-        seed_everything("evaluate", group[0])
-        results += run_episodes(cfg, agent, classifier, sims[:len(group)], group, record if a == 0 else 0)
-    for sim in sims:
-        sim.close()
-    return results
-
-def run_episodes(cfg, agent, classifier, sims, seeds, record=0):
-    """An episode a seed -> [dict(seed, success, steps, truth, real, dream: verdicts at chunk ends, dreamed_success, frames of the first few)]."""
-    B, H = len(sims), cfg.bc_chunk
-    obs = [sim.reset(*calvin_sim.sample_start(cfg.task, np.random.default_rng(seed))) for sim, seed in zip(sims, seeds)]
-    start, solved, steps = np.stack([o["scene_obs"] for o in obs]), np.zeros(B, bool), np.full(B, cfg.eval_steps)
-    frames, real, truth, actions = [[] for _ in range(B)], [], [], []
-    agent.reset(B)
-    for t in range(cfg.eval_steps + 1):
-        action = agent.act({k: [o[k] for o in obs] for k in obs[0]})
-        if t == 0:
-            begin, first = agent.state, feature_of(agent.state)
-        elif t % H == 0:
-            real.append(classifier.success(first, feature_of(agent.state)).numpy()), truth.append(solved.copy())
-        for i in range(min(B, record)):
-            if not frames[i] or steps[i] >= t:
-                frames[i].append(np.concatenate([obs[i]["rgb_static"], obs[i]["rgb_gripper"]], 1))
-        if t == cfg.eval_steps or solved.all() and t % H == 0:
-            break
-        actions.append(torch.from_numpy(action))
-        for i in np.flatnonzero(~solved):
-            obs[i] = sims[i].step(action[i])
-            if calvin_sim.success(cfg.task, start[i], obs[i]["scene_obs"]):
-                solved[i], steps[i] = True, t + 1
-    dream = replay_in_dream(agent.wm, classifier, begin, first, torch.stack(actions, 1), H)
-    dreamed = dream_on(cfg, agent, classifier, begin, first)
-    real, truth, ends = np.stack(real, 1), np.stack(truth, 1), -(-steps // H)                         # [B, T / H]
-    cut = lambda x, i: [int(v) for v in x[i, :ends[i]]]
-    return [dict(seed=int(seeds[i]), success=bool(solved[i]), steps=int(steps[i]), truth=cut(truth, i), real=cut(real, i), dream=cut(dream, i),
-                 dreamed_success=bool(dreamed[i]), frames=frames[i]) for i in range(B)]
-
-@torch.no_grad()
-def replay_in_dream(wm, classifier, state, first, actions, chunk):
-    """Replay executed actions [B, T, 7] in the dream from the agent's first state: the classifier's verdicts at chunk ends [B, T / H]."""
-    verdicts = []
-    for t, action in enumerate(actions.unbind(1)):
-        state = dream_step(wm, state, action)
-        if (t + 1) % chunk == 0:
-            verdicts.append(classifier.success(first, feature_of(state)))
-    return torch.stack(verdicts, 1).cpu().numpy()
-
-@torch.no_grad()
-def dream_on(cfg, agent, classifier, state, first):
-    """The policy itself in the dream, from the agent's first state: does the dream believe in its success?  [B]"""
-    solved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
-    for _ in range(cfg.eval_steps // cfg.bc_chunk):
-        for action in executed(agent.actor.act(feature_of(state), frozen=agent.frozen)).unbind(1):
-            state = dream_step(agent.wm, state, action)
-        solved |= classifier.success(first, feature_of(state)) > 0
-    return solved.cpu().numpy()
-
-def evaluate(cfg, policies, seeds, record=0):
-    """Every policy ("bc", "tuned" or a snapshot's iteration) in the simulator, from the start states of the seeds -> {policy: episodes}"""
-    jobs_a_policy = cfg.workers if cfg.sim == "tabletop" else max(cfg.workers, len(seeds) // 10)
-    plain, parts = dataclasses.asdict(cfg), [p for p in np.array_split(seeds, jobs_a_policy) if len(p)]
-    jobs = [dict(cfg=plain, policy=policy, seeds=part, record=record * (i == 0)) for policy in policies for i, part in enumerate(parts)]
-    results = {policy: [] for policy in policies}
-    for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation")):
-        results[job["policy"]] += episodes
-    return results
-
-
-def dream_evaluation(cfg):
-    """Without a simulator: before and after in the dream, from the recorded first frames of the judging demonstrations.  -> results, dream_success"""
-    replay = Dataset(output(cfg, "play").with_name("replay"))
-    begin = np.array([a for task, a, _ in replay.segments if task == cfg.task])
-    frames, results = begin[np.arange(cfg.eval_episodes) % len(begin)], {}
-    for policy in ("bc", "tuned"):
-        seed_everything("evaluate", cfg.seed)
-        wm, actor, classifier = load_policy(cfg, policy)
-        agent = Agent(cfg, wm, actor, frozen=policy == "bc")
-        agent.reset(len(frames))
-        first = agent.observe({key: replay[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
-        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, agent, classifier, agent.state, first))]
-    return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])))
-
-
 # ======================================================================================================================
 # 8  Stages.  Each reads earlier results, writes its own, and can be run alone.
 # ======================================================================================================================
@@ -1151,6 +1000,7 @@ def stage_wm(cfg):
         for name in ("static", "gripper"):
             wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"][pick]).to(cfg.device))
     recording = Recording(cfg, dataset, wm)
+    wm.lead.fill_(recording.lead)
     episodes, _ = dataset.split(0.1)
     starts = window_starts(episodes, cfg.wm_length)
     optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
@@ -1318,6 +1168,20 @@ def stage_eval(cfg):
     content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
     write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
 
+def dream_evaluation(cfg):
+    """Without a simulator: before and after in the dream, from the recorded first frames of the judging demonstrations.  -> results, dream_success"""
+    replay = Dataset(output(cfg, "play").with_name("replay"))
+    begin = np.array([a for task, a, _ in replay.segments if task == cfg.task])
+    frames, results = begin[np.arange(cfg.eval_episodes) % len(begin)], {}
+    for policy in ("bc", "tuned"):
+        seed_everything("evaluate", cfg.seed)
+        wm, actor, classifier = load_policy(cfg, policy)
+        agent = Agent(cfg, wm, actor, frozen=policy == "bc")
+        agent.reset(len(frames))
+        first = agent.observe({key: replay[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
+        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, wm, actor, classifier, agent.state, first, agent.frozen))]
+    return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])))
+
 @torch.no_grad()
 def stage_report(cfg):
     """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
@@ -1328,7 +1192,7 @@ def stage_report(cfg):
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
     a, b = next((a, b) for t, a, b in replay.ds.segments if t == cfg.task)
     seen, dreamed, _ = views(wm, replay, np.array([a]), b - a + 1)
-    score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].detach().cpu().numpy()
+    score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
     truth = [replay.ds[k][a:b + 1] for k in ("rgb_static", "rgb_gripper")]
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
     report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), scale=2)

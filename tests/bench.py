@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim
 import diwa
+import recording
 
 
 def rate(call, seconds=4.0):
@@ -70,8 +71,8 @@ def world_model_update(cfg, wm):
 
 def dream(cfg, wm):
     classifier = diwa.Classifier(cfg, wm.feature_size)
-    target = diwa.HOME_POSE + 0.01 * torch.randn(50, 6)
-    env = diwa.DreamEnv(cfg, wm, classifier, torch.randn(50, wm.embed_size), diwa.encode_command(target, torch.ones(50, 1)), target, cfg.ft_dreams, cfg.ft_horizon)
+    target = recording.HOME_POSE + 0.01 * torch.randn(50, 6)
+    env = diwa.DreamEnv(cfg, wm, classifier, torch.randn(50, wm.embed_size), recording.encode_command(target, torch.ones(50, 1)), target, cfg.ft_dreams, cfg.ft_horizon)
     env.reset()
     return env
 

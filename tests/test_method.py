@@ -16,6 +16,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim
 import diwa
+import recording
 from data import InputError
 
 FEATURE = 11                                                # size of the made-up features
@@ -52,9 +53,9 @@ def sequence(cfg, wm, B=3, T=6, device="cpu"):
 def dream(cfg, wm, classifier=None, horizon=None):
     """A DreamEnv whose starts are made up, at targets near the home pose."""
     classifier = classifier or diwa.Classifier(cfg, wm.feature_size).to(cfg.device)
-    target = diwa.HOME_POSE + 0.01 * torch.randn(9, 6)
+    target = recording.HOME_POSE + 0.01 * torch.randn(9, 6)
     target = target.to(cfg.device)
-    command = diwa.encode_command(target, torch.ones(9, 1, device=cfg.device))
+    command = recording.encode_command(target, torch.ones(9, 1, device=cfg.device))
     bank = torch.randn(9, wm.embed_size, device=cfg.device), command, target
     return diwa.DreamEnv(cfg, wm, classifier, *bank, cfg.ft_dreams, horizon or cfg.ft_horizon)
 
@@ -719,49 +720,50 @@ def test_executed_clips_and_binarises():
 
 def test_pose_code_has_no_jump_and_an_inverse():
     """Roll lies near +-pi, where Euler angles jump: the code must not; and decoding gives the same orientation back."""
-    pose = diwa.HOME_POSE.repeat(2, 1)
+    pose = recording.HOME_POSE.repeat(2, 1)
     pose[:, 3] = torch.tensor([math.pi - 1e-3, -math.pi + 1e-3])
-    a, b = diwa.encode_pose(pose)
+    a, b = recording.encode_pose(pose)
     assert (a - b).abs().max() < 0.01
-    pose = diwa.HOME_POSE + torch.rand(50, 6) * torch.tensor([0.4, 0.4, 0.4, 2, 2, 2]) - torch.tensor([0.2, 0.2, 0.2, 1, 1, 1])
-    back = diwa.decode_pose(diwa.encode_pose(pose))
+    pose = recording.HOME_POSE + torch.rand(50, 6) * torch.tensor([0.4, 0.4, 0.4, 2, 2, 2]) - torch.tensor([0.2, 0.2, 0.2, 1, 1, 1])
+    back = recording.decode_pose(recording.encode_pose(pose))
     torch.testing.assert_close(back[:, :3], pose[:, :3])
     torch.testing.assert_close(torch.cos(back[:, 3:] - pose[:, 3:]), torch.ones(50, 3))
-    assert diwa.encode_pose(diwa.HOME_POSE).abs().max() < 1e-6
+    assert recording.encode_pose(recording.HOME_POSE).abs().max() < 1e-6
 
 
 def test_proprio_code_keeps_every_number():
     """Each of the 15 numbers of robot_obs moves its own slot of the code and no other, and home is near zero."""
-    obs = torch.cat([diwa.HOME_POSE, torch.tensor([0.04]), diwa.HOME_JOINTS, torch.tensor([1.0])])
-    code = diwa.encode_proprio(obs)
+    obs = torch.cat([recording.HOME_POSE, torch.tensor([0.04]), recording.HOME_JOINTS, torch.tensor([1.0])])
+    code = recording.encode_proprio(obs)
     assert code.shape == (15,) and code[:14].abs().max() < 1e-5 and code[14] == 1
     for i in range(15):
         other = obs.clone()
         other[i] += 0.01
-        assert (diwa.encode_proprio(other) - code).abs().gt(1e-4).nonzero().flatten().tolist() == [i]
+        assert (recording.encode_proprio(other) - code).abs().gt(1e-4).nonzero().flatten().tolist() == [i]
 
 
 def robot_walk(n, rng):
     """robot_obs [n, 15] of an arm that wanders about home, its roll on both sides of pi."""
     robot = np.zeros((n, 15), np.float32)
-    robot[:, :6] = diwa.HOME_POSE.numpy() + rng.normal(size=(n, 6)) * 0.02
+    robot[:, :6] = recording.HOME_POSE.numpy() + rng.normal(size=(n, 6)) * 0.02
     robot[:, 3] = (robot[:, 3] + np.pi) % (2 * np.pi) - np.pi
     robot[:, 6], robot[:, 14] = 0.04, rng.choice([-1, 1], n)
-    robot[:, 7:14] = diwa.HOME_JOINTS.numpy()
+    robot[:, 7:14] = recording.HOME_JOINTS.numpy()
     return robot
 
 
-def test_commanded_targets_step_by_step():
+@pytest.mark.parametrize("lead", [True, False])
+def test_commanded_targets_step_by_step(lead):
     """The vectorised integration of commands is the simulator's own advance_target, one step after the other, episode by episode."""
     rng = np.random.default_rng(0)
     robot, actions = robot_walk(30, rng), rng.uniform(-1, 1, (30, 7)).astype(np.float32)
     episodes = np.array([[0, 11], [12, 12], [13, 29]])
-    got = diwa.commanded_targets(robot, actions, episodes)
+    got = recording.commanded_targets(robot, actions, episodes, lead)
     for a, b in episodes:
         target = robot[a, :6]
         for t in range(a, b + 1):
             np.testing.assert_allclose(got[t], target, atol=1e-6)
-            target = calvin_sim.advance_target(target, actions[t], robot[t, :6])
+            target = calvin_sim.advance_target(target if lead else robot[t, :6], actions[t], robot[t, :6])
 
 
 def test_advance_target_is_one_code_path():
@@ -846,7 +848,8 @@ def test_the_dreaming_stream_closes_its_eyes(latent):
 class FakeDataset:
     """A recording in memory, with what Recording asks of a Dataset."""
 
-    def __init__(self, episodes, size=16):
+    def __init__(self, episodes, source="test", size=16):
+        self.meta = dict(source=source)
         rng, n = np.random.default_rng(0), episodes[-1][1] + 1
         self.episodes, self.segments = np.array(episodes), []
         actions = rng.uniform(-1, 1, (n, 7)).astype(np.float32)
@@ -861,34 +864,38 @@ class FakeDataset:
         return len(self.arrays["robot_obs"])
 
 
-def recorded(**changes):
+def recorded(source="test", **changes):
     cfg = tiny(image_size=16, wm_codes=12, **changes)
-    wm, dataset = diwa.WorldModel(cfg), FakeDataset([(0, 19), (20, 44)])
+    wm, dataset = diwa.WorldModel(cfg), FakeDataset([(0, 19), (20, 44)], source)
     for name in ("static", "gripper"):
         wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"]))
-    return cfg, wm, dataset, diwa.Recording(cfg, dataset, wm)
+    return cfg, wm, dataset, recording.Recording(cfg, dataset, wm)
 
 
 def test_recording_shifts_actions_by_one():
     """A window's action[t] is the one given at frame t - 1; the first is erased, as nothing came before; episodes do not touch."""
-    cfg, wm, dataset, recording = recorded()
-    batch = recording.batch(np.arange(3, 9)[None])
+    cfg, wm, dataset, rec = recorded()
+    batch = rec.batch(np.arange(3, 9)[None])
     assert (batch["action"][0, 0] == 0).all()
     np.testing.assert_array_equal(batch["action"][0, 1:], dataset["rel_actions"][3:8])
-    first = recording.batch(np.array([[19, 20, 21]]))                                       # 20 begins an episode
+    first = rec.batch(np.array([[19, 20, 21]]))                                       # 20 begins an episode
     assert (first["action"][0, 1] == 0).all()
     np.testing.assert_array_equal(first["action"][0, 2], dataset["rel_actions"][20])
-    target = diwa.commanded_targets(dataset["robot_obs"], dataset["rel_actions"], dataset.episodes)
-    np.testing.assert_allclose(batch["command"][0, :, :6], diwa.encode_pose(torch.from_numpy(target[3:9])))
+    target = recording.commanded_targets(dataset["robot_obs"], dataset["rel_actions"], dataset.episodes)
+    np.testing.assert_allclose(batch["command"][0, :, :6], recording.encode_pose(torch.from_numpy(target[3:9])))
     np.testing.assert_array_equal(batch["command"][0, :, 6], dataset["rel_actions"][2:8, 6])
     assert first["command"][0, 1, 6] == dataset["robot_obs"][20, 14]
 
 
-def test_the_robot_filters_as_training_does(no_noise):
-    """Agent, fed an episode frame by frame with the executed actions, computes the features that training saw: same order, same alignment."""
-    cfg, wm, dataset, recording = recorded()
+@pytest.mark.parametrize("source, lead", [("test", 1), ("calvin", 0)])
+def test_the_robot_filters_as_training_does(no_noise, source, lead):
+    """Agent, fed an episode frame by frame with the executed actions, computes the features that training saw: same order, same alignment,
+    same commanded pose, also for CALVIN's recordings, whose actions are differences of measured poses: there the target forgets its lead."""
+    cfg, wm, dataset, rec = recorded(source)
+    assert rec.lead == lead
+    wm.lead.fill_(rec.lead)
     wm.eval().requires_grad_(False)
-    batch = recording.batch(np.arange(20, 32)[None])
+    batch = rec.batch(np.arange(20, 32)[None])
     want, _, _ = wm.rollout(wm.embed(batch), batch["action"], batch["command"])
     agent = diwa.Agent(cfg, wm, None)
     agent.reset(1)
@@ -930,7 +937,7 @@ def test_dream_step_integrates_the_command():
     action = diwa.executed(torch.randn(6, 7))
     new = diwa.dream_step(wm, env.state, action)
     torch.testing.assert_close(new["target"][:, :3], state["target"][:, :3] + calvin_sim.MAX_REL_POS * action[:, :3])
-    torch.testing.assert_close(new["command"], diwa.encode_command(new["target"], action[:, 6:]))
+    torch.testing.assert_close(new["command"], recording.encode_command(new["target"], action[:, 6:]))
     torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action, new["command"]))
     for k, v in state.items():
         assert torch.equal(env.state[k], v)
@@ -942,10 +949,13 @@ def test_dream_step_believes_its_own_pose():
     wm = world(cfg)
     env = dream(cfg, wm)
     feature, action = env.reset(), diwa.executed(torch.randn(6, 7))
-    pose = diwa.decode_pose(wm.proprio(feature)[:, :6])
+    pose = recording.decode_pose(wm.proprio(feature)[:, :6])
     torch.testing.assert_close(wm.tcp(feature), pose)
     want = calvin_sim.advance_target(env.state["target"], action, pose)
     torch.testing.assert_close(diwa.dream_step(wm, env.state, action)["target"], want)
+    wm.lead.zero_()                                         # a model of CALVIN's recordings: the target starts from the arm, each time
+    torch.testing.assert_close(diwa.dream_step(wm, env.state, action)["target"], calvin_sim.advance_target(pose, action, pose))
+    wm.lead.fill_(1)
     for p in wm.pose_head.parameters():                     # the pose is predicted as a lag behind the command: no lag, no difference
         p.zero_()
     torch.testing.assert_close(wm.tcp(feature), env.state["target"])
@@ -1179,11 +1189,11 @@ def test_cloning_keeps_both_modes():
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
 def test_world_model_learns_a_moving_dot(latent):
     """The loss, watched and dreamed, falls over a few updates on a recording that is predictable."""
-    cfg, wm, dataset, recording = recorded(wm_latent=latent, wm_decode=1.0)
+    cfg, wm, dataset, rec = recorded(wm_latent=latent, wm_decode=1.0)
     optimizer, rng, history = torch.optim.AdamW(wm.parameters(), lr=3e-3), np.random.default_rng(0), []
     for i in range(60):
         start = rng.integers(20, 34, 8)[:, None]
-        loss, metrics = diwa.world_model_loss(wm, recording.batch(start + np.arange(10)), cfg)
+        loss, metrics = diwa.world_model_loss(wm, rec.batch(start + np.arange(10)), cfg)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

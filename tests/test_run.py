@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import diwa
+import evaluate
 import runs
 
 TINY = ["--preset", "smoke", "--device", "cpu"]
@@ -86,7 +87,8 @@ def test_offline_stages_step_no_simulator(done, tmp_path, monkeypatch):
     def forbidden(*a, **k):
         raise AssertionError("an offline stage built a simulator")
     monkeypatch.setattr(diwa.calvin_sim, "Tabletop", forbidden)
-    monkeypatch.setattr(diwa, "in_processes", forbidden)
+    for module in (runs, evaluate):
+        monkeypatch.setattr(module, "in_processes", forbidden)
     for stage in ("wm", "bc", "reward", "finetune"):
         assert fast(folder, "--stage", stage) == 0
     assert (folder / "smoke" / "finetune_close_drawer.pt").exists()
