@@ -19,7 +19,8 @@ One action = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad a unit), gripp
 
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line):
     - dreams start from *recorded* frames; the official code resets the simulator for each first frame;
-    - the transition is told the commanded pose c, because CALVIN's arm follows a target that accumulates the actions;
+    - the transition is told the commanded pose c, because CALVIN's arm follows a target that accumulates the actions, and sines of it;
+    - each dream misplaces the arm by a few millimetres, about as much as a dream can be trusted;
     - the preset `cpu` learns on linear codes of the frames and Gaussian latents; `gpu` and `paper` use convolutions and categoricals;
     - the prior is also trained open loop, because that is how it is used in a dream;
     - the classifier compares the current feature with the first one, because CALVIN's task rules do.
@@ -71,8 +72,8 @@ class Config:
     data: str = ""                  # a recorded dataset, see data.py: its frames are the play, its task segments the demonstrations
     image_size: int = 64            # pixels a side of both cameras (paper: 64)
     # play: task-agnostic interaction, the world model's only food
-    play_frames: int = 60_000       # recorded frames (paper: 500,000)
-    play_episode: int = 500         # frames of one episode
+    play_frames: int = 90_000       # recorded frames (paper: 500,000)
+    play_episode: int = 250         # frames of one episode
     play_replay: int = 20           # expert demonstrations a task, all eight tasks, that only judge the world model
     # demos: what the policy is cloned from
     demo_count: int = 50            # demonstrations of the task (paper: 50)
@@ -86,7 +87,8 @@ class Config:
     wm_h: int = 256                 # size of the deterministic state (paper: 1024)
     wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
     wm_embed: int = 256             # width of the fused embedding of one observation
-    wm_updates: int = 4000          # gradient steps (paper: up to 2 M)
+    wm_octaves: int = 3             # the transition also sees sines of the commanded position, finest wavelength 4 cm (paper: 0)
+    wm_updates: int = 5000          # gradient steps (paper: up to 2 M)
     wm_batch: int = 32              # sequences a batch (paper: 50)
     wm_length: int = 20             # frames a sequence (paper: 50)
     wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
@@ -126,6 +128,7 @@ class Config:
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
     ft_starts: float = 0.3          # dreams start in the first part of a demonstration (0 = first frames only) ...
     ft_play: float = 0.03           # ... and on this share of play's frames, those that look most like it (0 = none)
+    ft_shift: float = 0.006         # each dream misplaces the arm by so much (m, std; unseen): what succeeds by a hair does not pay (paper: 0)
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
     ft_minibatches: int = 5         # a pass (paper: 1)
@@ -151,9 +154,9 @@ PRESETS = {
     "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
                 wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
-                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, play_frames=500_000,
+                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_octaves=0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
-                  ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5,
+                  ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_shift=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5,
                   ft_gamma=0.999, ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
     "smoke": dict(play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64, wm_embed=64, wm_z=16,
                   wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150, reward_hidden=64, reward_updates=60, ft_iterations=3,
@@ -330,7 +333,7 @@ class WorldModel(nn.Module):
         hidden = [2 * e] if self.codec else []              # the convolutions are deep enough
         self.fuse = mlp([seen] + hidden + [e, e])           # image part of the embedding; proprioception is appended to it
         self.embed_size = e + 15
-        self.from_z, self.from_action = nn.Linear(z, cfg.wm_hidden), nn.Linear(14, cfg.wm_hidden, bias=False)
+        self.from_z, self.from_action = nn.Linear(z, cfg.wm_hidden), nn.Linear(14 + 6 * cfg.wm_octaves, cfg.wm_hidden, bias=False)
         self.norm = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU())
         self.gru = NormGRU(cfg.wm_hidden, cfg.wm_h)
         self.prior = mlp([cfg.wm_h, cfg.wm_hidden, stats_size(cfg)])
@@ -354,7 +357,12 @@ class WorldModel(nn.Module):
 
     def step(self, h, z, action, command):
         """One transition: memory after `action` [B, 7] was given and the arm's target became `command` [B, 7]."""
-        return self.transition(h, z, self.from_action(torch.cat([action, command], -1)))
+        return self.transition(h, z, self.moved(action, command))
+
+    def moved(self, action, command):
+        """What the arm was told [..., wm_hidden].  Contact is a sharp function of position, which networks learn late; sines of it help (NeRF's trick)."""
+        angles = [command[..., :3] * 2 ** (k + 2) for k in range(self.cfg.wm_octaves)]                # command is in units of 0.1 m
+        return self.from_action(torch.cat([action, command, *[wave for x in angles for wave in (x.sin(), x.cos())]], -1))
 
     def transition(self, h, z, moved):
         return self.gru(self.norm(self.from_z(z) + moved), h)                                         # [B, h]
@@ -371,7 +379,7 @@ class WorldModel(nn.Module):
         B, T = action.shape[:2]
         streams = 1 if context is None else 2
         h, z = self.initial(streams * B, action.device)
-        moved = self.from_action(torch.cat([action, command], -1)).repeat(streams, 1, 1)              # both streams in one batch
+        moved = self.moved(action, command).repeat(streams, 1, 1)              # both streams in one batch
         seen = self.post_e(embedding)                       # everything that needs no recurrence is done for all T at once
         hs, zs, posts, priors = [], [], [], []
         for t in range(T):
@@ -727,7 +735,8 @@ class DreamEnv:
         h = self.wm.step(h, z, torch.zeros_like(command), command)
         z = sample_latent(self.wm.posterior(h, embedding), self.cfg)
         state = dict(h=h, z=z, command=command, target=target)
-        return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]))
+        shift = F.pad(self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device), (0, 4))           # in units of the command, 0.1 m
+        return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
 
     @torch.no_grad()
     def reset(self):
@@ -736,26 +745,28 @@ class DreamEnv:
 
     @torch.no_grad()
     def step(self, chunk):
-        first, age, now = self.state["first"], self.state["age"] + 1, self.state
+        first, age, shift, now = self.state["first"], self.state["age"] + 1, self.state["shift"], self.state
         for action in executed(chunk).unbind(1):
-            now = dream_step(self.wm, now, action)
+            now = dream_step(self.wm, now, action, shift)
         final = feature_of(now)                                                                       # [B, F]
         reward = self.classifier.success(first, final)
         terminated = reward > 0
         truncated = (age >= self.horizon) & ~terminated
-        new, now, done = self.draw(len(chunk)), dict(now, first=first, age=age), terminated | truncated
+        new, now, done = self.draw(len(chunk)), dict(now, first=first, age=age, shift=shift), terminated | truncated
         self.state = {k: torch.where(done[:, None] if v.dim() > 1 else done, new[k], v) for k, v in now.items()}
         return feature_of(self.state), reward, terminated, truncated, final
 
 def feature_of(state):
     return torch.cat([state["h"], state["z"], state["command"]], -1)                                  # [B, F]
 
-def dream_step(wm, state, action):
-    """One imagined step: integrate the command as the simulator does, then memory, then a guess from the prior.  action [B, 7] -> state"""
+def dream_step(wm, state, action, shift=0.0):
+    """One imagined step: integrate the command as the simulator does, then memory, then a guess from the prior.  action [B, 7] -> state
+
+    shift [B, 7] is added to the command that the world model hears, not to the one that the policy sees."""
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else state["target"]
     target = advance_target(tcp + wm.lead * (state["target"] - tcp), action, tcp)
     command = encode_command(target, action[:, 6:])
-    h = wm.step(state["h"], state["z"], action, command)
+    h = wm.step(state["h"], state["z"], action, command + shift)
     return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
 
 def executed(action):

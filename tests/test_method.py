@@ -25,7 +25,7 @@ FEATURE = 11                                                # size of the made-u
 def tiny(**changes):
     """A configuration that is small enough for a unit test."""
     small = dict(device="cpu", image_size=64, wm_codes=8, wm_depth=2, wm_z=4, wm_classes=5, wm_h=16, wm_hidden=16, wm_embed=16, bc_hidden=32,
-                 reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3, ft_epochs=2, ft_minibatches=2, ft_clip=0.01, ft_clip_first=0.001)
+                 reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3, ft_epochs=2, ft_minibatches=2, ft_clip=0.01, ft_clip_first=0.001, ft_shift=0.0)
     return diwa.Config(**{**small, **changes})
 
 
@@ -941,6 +941,27 @@ def test_dream_step_integrates_the_command():
     torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action, new["command"]))
     for k, v in state.items():
         assert torch.equal(env.state[k], v)
+
+
+def test_a_dream_misplaces_the_arm_unseen():
+    """What the world model hears is shifted by the same few millimetres for a whole dream, each dream by its own; what the policy sees is not."""
+    cfg = tiny(ft_shift=0.01)
+    wm = world(cfg)
+    env = dream(cfg, wm)
+    heard, tell = [], wm.step
+
+    def spy(h, z, action, command):
+        heard.append(command.clone())
+        return tell(h, z, action, command)
+    wm.step = spy
+    env.reset()
+    shift, start = env.state["shift"], len(heard)
+    assert shift[:, 3:].abs().max() == 0 and shift[:, :3].std() > 0.02 and len(shift[:, 0].unique()) == len(shift)
+    feature, *_, final = env.step(torch.zeros(6, cfg.bc_chunk, 7))
+    told = heard[start + cfg.bc_chunk - 1]                  # the chunk's last step; a draw of fresh starts follows
+    torch.testing.assert_close(told - final[:, -7:], shift)
+    still = ~(env.state["age"] == 0)
+    assert torch.equal(env.state["shift"][still], shift[still])
 
 
 def test_dream_step_believes_its_own_pose():
