@@ -70,6 +70,13 @@ def success(task_name, scene_start, scene_now):
     return moved > abs(task.change)
 
 
+def possible(task_name, scene):
+    """scene [..., 24] -> bool [...]: is there room for the change that the task asks for?"""
+    task = TASKS[task_name]
+    goal = np.asarray(scene)[..., task.index] + task.change
+    return (0 < goal) & (goal < (*LIMITS, 1, 1)[task.index])
+
+
 def sample_start(task_name, rng):
     """Draw (robot_obs [15], scene_obs [24]) in which `task_name` is yet to be done; everything else is random."""
     task, scene = TASKS[task_name], np.zeros(24, np.float32)
@@ -623,8 +630,7 @@ def _next_task(scene, last, rng):
     """What a playing person tries next: often the same thing back again, seldom what cannot work."""
     options, draw = list(TASKS), rng.random()
     if draw < 0.96:
-        goals = {task: scene[task.index] + task.change for task in TASKS.values()}
-        options = [task.name for task, goal in goals.items() if 0 < goal < (LIMITS + (1, 1))[task.index]]
+        options = [name for name in TASKS if possible(name, scene)]
     if draw < 0.45 and last is not None:
         options = [name for name in options if TASKS[name].index == TASKS[last].index] or options
     liking = np.array([{LED: 2.0, BULB: 1.5, SLIDER: 1.6, DRAWER: 1.8}[TASKS[name].index] for name in options])

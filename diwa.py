@@ -60,7 +60,7 @@ from runs import (RENDERERS, STAGES, Log, Snapshots, check_data, known, load, ou
 class Config:
     stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report, or all of them in this order
     preset: str = "auto"            # cpu, gpu, paper or smoke; auto = gpu where CUDA is, else cpu
-    task: str = "close_drawer"      # one of CALVIN's eight articulated-object tasks, see --help
+    task: str = "close_drawer"      # one of CALVIN's eight articulated-object tasks, see --help; or all of them
     run: str = ""                   # name of the run folder; default: the preset's name
     runs: str = "runs"              # where run folders are kept
     device: str = "auto"            # cpu, cuda or auto
@@ -1063,14 +1063,13 @@ def stage_bc(cfg):
 def stage_reward(cfg):
     """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
     wm, demos = load_world_model(cfg), load(cfg, "demos")
-    recording = Recording(cfg, demos, wm)
+    recording, play, replay = (Recording(cfg, dataset, wm) for dataset in (demos, load(cfg, "play"), Dataset(output(cfg, "play").with_name("replay"))))
+    length = min(cfg.eval_steps + 1, cfg.play_episode)
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     feature, first, frame, start = demonstration_views(wm, recording, [(a, b) for _, a, b in demos.segments])
     label = torch.from_numpy(calvin_sim.success(cfg.task, recording.scene[start], recording.scene[frame])).to(cfg.device)
     groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
     if cfg.reward_labels != "demos":
-        play = Recording(cfg, load(cfg, "play"), wm)
-        length = min(cfg.eval_steps + 1, cfg.play_episode)
         seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split(0.1)[0], length), min(1500, 50 * cfg.demo_count)), length)
         pick = rng.integers(1, length, (len(frames), 12))                                             # 12 moments a window
         rows, known = np.arange(len(frames))[:, None], calvin_sim.success(cfg.task, play.scene[frames[:, :1]], play.scene[frames])
@@ -1098,7 +1097,11 @@ def stage_reward(cfg):
         return metrics
 
     partial = train(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), update, every=50)
-    save(output(cfg, "reward"), dict(stamp=stamp(cfg, "reward"), model=model.state_dict()))
+    def verdict(feature):                                   # [W, T, F]: does it fire at the end of any chunk?
+        with torch.no_grad():
+            return model.success(feature[:, :1].expand_as(feature), feature)[:, cfg.bc_chunk::cfg.bc_chunk].any(1).cpu().numpy()
+    judged = report.trust(cfg.task, verdict, play, replay, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
+    save(output(cfg, "reward"), dict(stamp=stamp(cfg, "reward"), model=model.state_dict(), trust=judged))
     partial.unlink(missing_ok=True)
 
 def stage_finetune(cfg):
@@ -1208,7 +1211,7 @@ def stage_report(cfg):
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
     report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), scale=2)
     minutes = {stage: read_log(cfg, stage, "minutes")[1][-1] for stage in STAGES if read_log(cfg, stage, "minutes")[1]}
-    lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, load(cfg, "wm")["judged"], minutes)
+    lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, dict(load(cfg, "wm")["judged"], trust=load(cfg, "reward")["trust"]), minutes)
     print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
 
 
@@ -1217,7 +1220,7 @@ def stage_report(cfg):
 # ======================================================================================================================
 
 def check_config(cfg):
-    for name, allowed in (("task", TASKS), ("stage", [*STAGES, "report", "all"]), ("sim", [*RENDERERS]), ("wm_encoder", ["linear", "conv"]), ("wm_latent", ["gaussian", "categorical"]),
+    for name, allowed in (("task", [*TASKS, "all"]), ("stage", [*STAGES, "report", "all"]), ("sim", [*RENDERERS]), ("wm_encoder", ["linear", "conv"]), ("wm_latent", ["gaussian", "categorical"]),
                           ("bc_net", ["mlp", "unet"]), ("bc_actor", ["diffusion", "gaussian"]), ("reward_labels", ["unlabelled", "demos", "predicate"]), ("device", ["auto", "cpu", "cuda"])):
         known(getattr(cfg, name), allowed, name)
     if cfg.sim == "none" and not cfg.data:
@@ -1256,8 +1259,13 @@ def main(argv=None):
         cfg = check_config(parse(argv, Config, PRESETS, __doc__.split("\n\n")[0], f"tasks: {', '.join(TASKS)}"))
         folder = Path(cfg.runs) / cfg.run
         write_atomic(folder / "config.json", lambda p: p.write_text(json.dumps(dict(settings=dataclasses.asdict(cfg), versions=versions(cfg)), indent=1)))
-        for stage in ([*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]):
-            run_stage(cfg, stage) if stage in STAGES else stage_report(cfg)
+        stages, tasks = [*STAGES, "report"] if cfg.stage == "all" else [cfg.stage], list(TASKS) if cfg.task == "all" else [cfg.task]
+        for task in tasks:
+            cfg = dataclasses.replace(cfg, task=task)
+            for stage in stages:
+                run_stage(cfg, stage) if stage in STAGES else stage_report(cfg)
+        if len(tasks) > 1 and "report" in stages:
+            print("\n".join(["", *report.table([json.loads((folder / f"result_{task}.json").read_text()) for task in tasks])]))
     except InputError as error:
         print(f"\ndiwa: {error}", file=sys.stderr)
         return 2

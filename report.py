@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calvin_sim import TASKS
+from calvin_sim import TASKS, possible, success
 from data import window_starts
 
 PROBED = {"slider": 0, "drawer": 1, "lever": 3, "bulb": 4, "led": 5}              # name: index in scene_obs
 MOVED = {"slider": 0.02, "drawer": 0.02, "lever": 0.01, "bulb": 0.5, "led": 0.5, "tcp": 2.0}   # counts as having moved; m, m, m, 0/1, 0/1, cm
+EVENT = {"slider": 0.15, "drawer": 0.12, "lever": 0.044, "bulb": 1.0, "led": 1.0}               # what a task asks for, m and 0/1; of the lever: half its travel
 PAPER = {  # arXiv 2508.03645, table 1 (BC, DiWA), and arXiv 2603.28955 (WAM): success in %
     "open_drawer": (57.8, 74.4, 96.7), "close_drawer": (59.1, 92.0, 96.6), "move_slider_left": (62.2, 83.3, 87.5), "move_slider_right": (62.6, 82.8, 89.7),
     "turn_on_lightbulb": (60.6, 91.9, 100.0), "turn_off_lightbulb": (35.6, 77.0, 75.9), "turn_on_led": (48.4, 86.2, 96.6), "turn_off_led": (55.3, 82.3, 100.0)}
@@ -87,7 +88,8 @@ def judge_world_model(recording, replay, views, length, rng):
 def open_loop_errors(guess, truth):
     """Error of a dream after 10, 40 and 72 steps beside that of the guess that nothing moves; also for the windows in which the thing moves.
 
-    guess, truth [W, T, 8]: the fixtures of PROBED and the TCP in cm.  -> list of rows"""
+    Means hide missed events, so two shares stand beside them: of the changes as large as a task asks for, those of which the dream makes more than
+    60 %; and, where nothing changes, dreams that make such a change.  guess, truth [W, T, 8]: the fixtures of PROBED and the TCP in cm.  -> list of rows"""
     rows = []
     for step in (10, 40, 72):
         step = min(step, truth.shape[1] - 1)
@@ -97,14 +99,35 @@ def open_loop_errors(guess, truth):
             still = (truth[:, 0, s] - truth[:, step, s]).norm(dim=-1)
             moved = still > MOVED[what]
             mean = lambda x: x.mean().item() if len(x) else float("nan")
-            rows.append(dict(step=step, what=what, error=mean(error), still=mean(still), windows=int(moved.sum()),
-                             error_moving=mean(error[moved]), still_moving=mean(still[moved])))
+            row = dict(step=step, what=what, error=mean(error), still=mean(still), windows=int(moved.sum()), error_moving=mean(error[moved]), still_moving=mean(still[moved]))
+            if what != "tcp":
+                change, dreamed = (x[:, step, d] - x[:, 0, d] for x in (truth, guess))
+                event = still >= 0.99 * EVENT[what]
+                row.update(events=int(event.sum()), hits=mean((dreamed / change > 0.6)[event].float()), false=mean((dreamed.abs() > 0.6 * EVENT[what])[~moved].float()))
+            rows.append(row)
     return rows
 
 
 def share_of_change(guess, truth):
     """Share of sequences [W, T] in which the guess makes more than 60 % of the true change from first to last frame."""
     return ((guess[:, -1] - guess[:, 0]) / (truth[:, -1] - truth[:, 0]) > 0.6).float().mean().item()
+
+
+def trust(task, verdict, play, replay, views, length, rng):
+    """Can the dream tell success from failure?  Recorded attempts that nothing was trained on are dreamed again, action by action, from their first frame.
+
+    Held-out play, from where the task can be done: most of it fails, some of it nearly; and held-out demonstrations.  verdict(features [W, T, F]) -> [W]
+    bool, the classifier's.  -> [[successes judged successes, judged failures], [failures judged successes, judged failures]]"""
+    starts = window_starts(play.ds.split(0.1)[1], length)
+    starts = starts[possible(task, play.scene[starts])]
+    first, last = np.array([(a, b) for t, a, b in replay.ds.segments if t == task]).reshape(-1, 2).T
+    table = np.zeros((2, 2), int)
+    for recording, begin, end in ((play, rng.choice(starts, min(200, len(starts)), replace=False), None), (replay, first, np.minimum(last, first + length - 1))):
+        if len(begin):
+            _, dreamed, frames = views(recording, begin, length, end)
+            truth = success(task, recording.scene[frames[:, :1]], recording.scene[frames]).any(1)
+            np.add.at(table, (1 - truth, 1 - verdict(dreamed)), 1)
+    return table.tolist()
 
 
 def precision_recall(verdict, truth):
@@ -116,7 +139,7 @@ def precision_recall(verdict, truth):
 # --- the written report ---------------------------------------------------------------------------------------------------
 
 def percent(x):
-    return f"{100 * x:.0f} %"
+    return f"{100 * x:.0f} %" if x == x else "-"
 
 
 def rate(outcomes):
@@ -174,7 +197,11 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
             failed = [x for x in rows if not x["success"]]
             fired = np.mean([any(x[where]) for x in failed]) if failed else float("nan")
             lines.append(f"| {policy} | {'real frames' if where == 'real' else 'dream'} | {p:.2f} | {r:.2f} | {fired:.2f} of {len(failed)} |")
-    lines += ["", "## The world model on recordings it has not seen", "",
+    (hit, missed), (fooled, right) = judged["trust"]
+    lines += ["", "## Can the dream tell success from failure?", "",
+              "Recorded attempts that nothing was trained on (held-out play from where the task can be done, and demonstrations), dreamed again action by action:", "",
+              "| recorded | dreamed: success | dreamed: failure |", "|---|---|---|", f"| success | {hit} | {missed} |", f"| failure | {fooled} | {right} |",
+              "", "## The world model on recordings it has not seen", "",
               "Replay share: a held-out demonstration's actions, replayed in the dream from its first frame; in what share does the task's object make more",
               "than 60 % of its true change?  (A linear probe reads the feature.)", "", "| task | " + " | ".join(judged["replay_share"]) + " | mean |",
               "|---|" + "---|" * (len(judged["replay_share"]) + 1)]
@@ -182,8 +209,9 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
         v = list(judged[key].values())
         lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in v) + f" | {np.mean(v):.2f} |")
     lines += ["", "Open-loop error from one frame (m, tcp in cm, lights 0..1), against \"nothing moves\":", "",
-              "| what | steps | error | nothing moves | where it moves: windows | error | nothing moves |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {r['what']} | {r['step']} | {r['error']:.3f} | {r['still']:.3f} | {r['windows']} | {r['error_moving']:.3f} | {r['still_moving']:.3f} |" for r in judged["open_loop"]]
+              "| what | steps | error | nothing moves | where it moves: windows | error | nothing moves | as much as a task asks: windows | dreamed | false alarms |", "|" + "---|" * 10]
+    lines += [f"| {r['what']} | {r['step']} | {r['error']:.3f} | {r['still']:.3f} | {r['windows']} | {r['error_moving']:.3f} | {r['still_moving']:.3f} | "
+              + (f"{r['events']} | {percent(r['hits'])} | {percent(r['false'])} |" if "events" in r else "| | |") for r in judged["open_loop"]]
     lines += ["", "## Minutes", "", "| " + " | ".join(minutes) + " | all |", "|" + "---|" * (len(minutes) + 1),
               "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |", "",
               "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import diwa
 import evaluate
+import report
 import runs
 
 TINY = ["--preset", "smoke", "--device", "cpu"]
@@ -187,6 +188,23 @@ def test_interrupt_keeps_the_work(done, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "same command" in err
+
+
+def test_all_tasks_share_play_and_world_model(done, tmp_path, monkeypatch, capsys):
+    """--task all goes through the stages task by task and ends with one table."""
+    asked = []
+
+    def stage(cfg, name):
+        asked.append((cfg.task, name))
+
+    def written(cfg):
+        row = json.loads((done / "smoke" / "result_close_drawer.json").read_text())
+        (tmp_path / "smoke" / f"result_{cfg.task}.json").write_text(json.dumps(dict(row, task=cfg.task)))
+    monkeypatch.setattr(diwa, "run_stage", stage)
+    monkeypatch.setattr(diwa, "stage_report", written)
+    assert diwa.main([*TINY, "--runs", str(tmp_path), "--task", "all"]) == 0
+    assert asked == [(task, name) for task in diwa.TASKS for name in runs.STAGES]
+    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:-1] == list(report.PAPER)
 
 
 def test_help_lists_every_setting(capsys):

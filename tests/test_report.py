@@ -1,0 +1,85 @@
+"""What is printed about results: intervals against published values, the world model's judges on made-up dreams, and the README's own table."""
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import calvin_sim
+import report
+
+
+@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (81, 263, 0.2553, 0.3662)])
+def test_wilson_interval(k, n, low, high):
+    """81 of 263 is Newcombe's (1998) example."""
+    assert report.wilson(k, n) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_paired_difference():
+    """5 gained, none lost: the exact McNemar p is 2 / 2^5; swapping the two mirrors everything; equal policies differ by nothing."""
+    before, after = [0] * 5 + [1] * 15, [1] * 20
+    d, mirrored = report.paired(before, after), report.paired(after, before)
+    assert (d["gained"], d["lost"], d["difference"], d["p"]) == (5, 0, 0.25, 0.0625) and d["low"] < 0.25 < d["high"]
+    assert mirrored["low"] == pytest.approx(-d["high"]) and mirrored["difference"] == -0.25
+    same = report.paired(before, before)
+    assert same["difference"] == 0 and same["p"] == 1 and same["low"] == pytest.approx(-same["high"]) and same["high"] > 0
+
+
+def test_paired_interval_covers():
+    """Of 95 % intervals about 95 % contain the true difference."""
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(500):
+        before = rng.random(100) < 0.6
+        after = np.where(before, rng.random(100) < 0.95, rng.random(100) < 0.6)             # gains .24, loses .03
+        d = report.paired(before, after)
+        inside.append(d["low"] <= 0.21 <= d["high"])
+    assert 0.92 < np.mean(inside) < 0.98
+
+
+def test_missed_events_and_false_alarms():
+    """Four windows: a door that opens and is dreamed to, one that is missed, one that stands still in both, one that opens in the dream only."""
+    truth, guess = torch.zeros(4, 73, 8), torch.zeros(4, 73, 8)
+    truth[:2, 5:, 0] = 0.2
+    guess[[0, 3], 5:, 0] = 0.18
+    row = next(r for r in report.open_loop_errors(guess, truth) if (r["what"], r["step"]) == ("slider", 40))
+    assert row["events"] == row["windows"] == 2 and row["hits"] == row["false"] == 0.5
+    assert row["error"] == pytest.approx((0.02 + 0.2 + 0.18) / 4) and row["error_moving"] == pytest.approx(0.11) and row["still"] == pytest.approx(0.1)
+    led = next(r for r in report.open_loop_errors(guess, truth) if (r["what"], r["step"]) == ("led", 40))
+    assert led["events"] == 0 and np.isnan(led["hits"]) and led["false"] == 0
+    assert report.share_of_change(guess[..., 0][:2], truth[..., 0][:2]) == 0.5
+
+
+def test_trust_counts_attempts_by_truth_and_verdict():
+    """A verdict that reads the feature, which here is the truth for half of the windows, lands in the right cells; impossible starts are left out."""
+    scene = np.zeros((400, 24), np.float32)
+    scene[100:120, 1], scene[200:210, 1] = np.linspace(0.2, 0, 20), 0.2          # a drawer that closes after frame 100; open but left alone at 200
+    split = SimpleNamespace(split=lambda share: (np.zeros((0, 2), int), np.array([[100, 119], [200, 209], [300, 330]])), segments=[])
+    play = SimpleNamespace(ds=split, scene=scene)
+    replay = SimpleNamespace(ds=SimpleNamespace(segments=[("close_drawer", 100, 119), ("open_drawer", 0, 9)]), scene=scene)
+
+    def views(recording, starts, length, last=None):
+        frames = starts[:, None] + np.arange(length)
+        frames = frames if last is None else np.minimum(frames, last[:, None])
+        return None, torch.from_numpy(scene[frames]), frames
+    def optimist(feature):
+        return np.ones(len(feature), bool)
+    def honest(feature):
+        return calvin_sim.success("close_drawer", feature[:, :1].numpy(), feature.numpy()).any(1)
+    length, rng = 10, np.random.default_rng(0)
+    (hit, missed), (fooled, right) = report.trust("close_drawer", honest, play, replay, views, length, rng)
+    assert missed == fooled == 0 and hit == 0 and right == 9 + 1, "in 10 frames it closes by less than .12: 8 starts with room, 1 left alone, 1 demonstration"
+    length = 19
+    (hit, missed), (fooled, right) = report.trust("close_drawer", optimist, play, replay, views, length, rng)
+    assert missed == right == 0 and hit == 3 and fooled == 0, "2 windows of 19 frames and the demonstration"
+
+
+def test_the_readme_shows_what_the_rows_say():
+    """The results table in the README is what report.py prints from the committed rows."""
+    rows = [json.loads(p.read_text()) for p in sorted((ROOT / "assets" / "results").glob("*.json"))]
+    readme = (ROOT / "README.md").read_text()
+    assert rows and all(line in readme for line in report.table(rows))
