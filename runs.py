@@ -245,7 +245,9 @@ def read_log(cfg, stage, metric):
 def in_processes(cfg, function, jobs, name):
     """Yield function(job) for all jobs, in their order, from cfg.workers processes, with a progress line."""
     progress = Progress(name, len(jobs))
-    with multiprocessing.get_context("spawn").Pool(min(cfg.workers, len(jobs)), _quiet) as pool:
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(["torch", "pybullet"])   # once for all pools and processes: it takes seconds
+    with context.Pool(min(cfg.workers, len(jobs)), _quiet) as pool:
         for i, result in enumerate(pool.imap(function, jobs)):
             progress(i + 1)
             yield result
