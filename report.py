@@ -168,8 +168,9 @@ def table(rows):
         lines.append(f"| {r['task']} | {r['seed']} | {len(r['before'])} | {rate(r['before'])} | {rate(r['after'])} | {difference(r['before'], r['after'])[0]} | {percent(r['dream'])} | "
                      f"{r['replay_share'][r['task']]:.2f} | {paper[0]}, {paper[1]} % | {sum(r['minutes'].values()):.0f} |")
     mean = lambda f: f"{100 * np.mean([f(r) for r in rows]):.0f} %"
-    lines.append(f"| mean of {len(rows)} | | | {mean(lambda r: np.mean(r['before']))} | {mean(lambda r: np.mean(r['after']))} | | {mean(lambda r: r['dream'])} | "
-                 f"{np.mean([np.mean(list(r['replay_share'].values())) for r in rows]):.2f} (all eight) | | |")
+    if len(rows) > 1:
+        lines.append(f"| mean of {len(rows)} | | | {mean(lambda r: np.mean(r['before']))} | {mean(lambda r: np.mean(r['after']))} | | {mean(lambda r: r['dream'])} | "
+                     f"{np.mean([np.mean(list(r['replay_share'].values())) for r in rows]):.2f} (all eight) | | |")
     return lines
 
 
