@@ -150,13 +150,13 @@ def forward_kinematics(joints):
     return np.array([*position, roll, -np.arcsin(rotation[2, 0]), yaw]), rotation[:, 2]
 
 
-def advance_target(target, action, tcp):
+def advance_target(target, action, tcp, keep=1):
     """The commanded pose after one action, as the simulator and the dream both integrate it.
 
     target [..., 6] commanded pose, action [..., >= 6] in [-1, 1], tcp [..., 6] measured pose -> target [..., 6].
-    Angles are wrapped; the lead over tcp is clamped per component, so that a blocked arm does not wind up. Numpy or torch.
+    keep: 0 forgets the lead that target had over tcp, 1 does not. Angles are wrapped; the lead over tcp is clamped per component, so that a blocked arm does not wind up. Numpy or torch.
     """
-    lead = target - tcp
+    lead = keep * (target - tcp)
     lead[..., 3:] = (lead[..., 3:] + np.pi) % (2 * np.pi) - np.pi
     lead[..., :3] = (lead[..., :3] + action[..., :3] * MAX_REL_POS).clip(-WINDUP_POS, WINDUP_POS)
     lead[..., 3:] = (lead[..., 3:] + action[..., 3:6] * MAX_REL_ORN).clip(-WINDUP_ORN, WINDUP_ORN)

@@ -764,7 +764,7 @@ def dream_step(wm, state, action, shift=0.0):
 
     shift [B, 7] is added to the command that the world model hears, not to the one that the policy sees."""
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else state["target"]
-    target = advance_target(tcp + wm.lead * (state["target"] - tcp), action, tcp)
+    target = advance_target(state["target"], action, tcp, wm.lead)
     command = encode_command(target, action[:, 6:])
     h = wm.step(state["h"], state["z"], action, command + shift)
     return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
@@ -919,7 +919,7 @@ class Agent:
         if self.target is None:
             self.target, command = tcp, encode_command(tcp, gripper)
         else:
-            self.target = advance_target(self.tcp + self.wm.lead * (self.target - self.tcp), self.action, self.tcp)
+            self.target = advance_target(self.target, self.action, self.tcp, self.wm.lead)
             command = encode_command(self.target, self.action[:, 6:])
         self.tcp = tcp
         obs["proprio"] = encode_proprio(obs["robot_obs"])

@@ -98,5 +98,5 @@ def commanded_targets(robot_obs, actions, episodes, lead=True):
     target[first] = robot_obs[first, :6]
     for t in range(lengths.max() - 1):
         now = first[lengths > t + 1] + t
-        target[now + 1] = advance_target(target[now] if lead else robot_obs[now, :6], actions[now], robot_obs[now, :6])
+        target[now + 1] = advance_target(target[now], actions[now], robot_obs[now, :6], lead)
     return target
