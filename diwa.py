@@ -935,40 +935,6 @@ class Agent:
         self.action = executed(self.queue.pop(0))
         return self.action.cpu().numpy()
 
-class SimEnv:
-    """The same interface as DreamEnv over real simulators: its PPO is the online rival DPPO, with the world model as encoder."""
-
-    def __init__(self, cfg, wm, sims, seed):
-        self.cfg, self.wm, self.sims, self.horizon, self.filter = cfg, wm, sims, cfg.ft_horizon, Agent(cfg, wm, None)
-        self.rng = np.random.default_rng(seed)
-
-    def reset(self):
-        self.obs = [sim.reset(*calvin_sim.sample_start(self.cfg.task, self.rng)) for sim in self.sims]
-        self.start, self.age = [o["scene_obs"] for o in self.obs], np.zeros(len(self.sims), int)
-        self.filter.reset(len(self.sims))
-        return self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
-
-    def step(self, chunk):
-        device, done = chunk.device, np.zeros(len(self.sims), bool)
-        for k in range(chunk.shape[1]):
-            self.filter.action = executed(chunk[:, k])
-            for i, sim in enumerate(self.sims):
-                if not done[i]:
-                    self.obs[i] = sim.step(self.filter.action[i].cpu().numpy())
-                    done[i] = calvin_sim.success(self.cfg.task, self.start[i], self.obs[i]["scene_obs"])
-            final = self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
-        self.age += 1
-        truncated, feature = (self.age >= self.horizon) & ~done, final.clone()
-        for i in np.flatnonzero(done | truncated):
-            self.obs[i] = self.sims[i].reset(*calvin_sim.sample_start(self.cfg.task, self.rng))
-            self.start[i], self.age[i] = self.obs[i]["scene_obs"], 0
-            single = Agent(self.cfg, self.filter.wm, None)
-            single.reset(1)
-            feature[i] = single.observe({k: [v] for k, v in self.obs[i].items()})[0]
-            for name in ("h", "z", "action", "target", "tcp"):
-                getattr(self.filter, name)[i] = getattr(single, name)[0]
-        flags = [torch.from_numpy(x).to(device) for x in (done, truncated)]
-        return feature, flags[0].float(), *flags, final
 
 # ======================================================================================================================
 # 8  Stages.  Each reads earlier results, writes its own, and can be run alone.
@@ -1134,7 +1100,7 @@ def dream_starts(cfg, wm):
     return [torch.cat([a, b[best]]) for a, b in zip(near, every)]
 
 def finetune(cfg, env, actor):
-    """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO)."""
+    """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO, see evaluate.py)."""
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
     scaler = RewardScaler(cfg.ft_dreams).to(cfg.device)
     optimizers = dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr), critic=torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr))

@@ -1,4 +1,6 @@
 """evaluate.py: policies meet a simulator, each from the same start states.  Only here, and never on the way from recordings to a tuned policy.
+
+SimEnv, at the end, is the road that DiWA does not take: the same PPO on a simulator instead of a dream.
 """
 import dataclasses
 
@@ -68,3 +70,41 @@ def evaluate(cfg, policies, seeds, record=0):
     for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation")):
         results[job["policy"]] += episodes
     return results
+
+
+class SimEnv:
+    """The same interface as DreamEnv over real simulators: its PPO is the online rival DPPO, with the world model as encoder."""
+
+    def __init__(self, cfg, wm, sims, seed):
+        from diwa import Agent
+        self.cfg, self.wm, self.sims, self.horizon, self.filter = cfg, wm, sims, cfg.ft_horizon, Agent(cfg, wm, None)
+        self.rng = np.random.default_rng(seed)
+
+    def reset(self):
+        self.obs = [sim.reset(*calvin_sim.sample_start(self.cfg.task, self.rng)) for sim in self.sims]
+        self.start, self.age = [o["scene_obs"] for o in self.obs], np.zeros(len(self.sims), int)
+        self.filter.reset(len(self.sims))
+        return self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
+
+    def step(self, chunk):
+        from diwa import Agent, executed
+        device, done = chunk.device, np.zeros(len(self.sims), bool)
+        for k in range(chunk.shape[1]):
+            self.filter.action = executed(chunk[:, k])
+            for i, sim in enumerate(self.sims):
+                if not done[i]:
+                    self.obs[i] = sim.step(self.filter.action[i].cpu().numpy())
+                    done[i] = calvin_sim.success(self.cfg.task, self.start[i], self.obs[i]["scene_obs"])
+            final = self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
+        self.age += 1
+        truncated, feature = (self.age >= self.horizon) & ~done, final.clone()
+        for i in np.flatnonzero(done | truncated):
+            self.obs[i] = self.sims[i].reset(*calvin_sim.sample_start(self.cfg.task, self.rng))
+            self.start[i], self.age[i] = self.obs[i]["scene_obs"], 0
+            single = Agent(self.cfg, self.filter.wm, None)
+            single.reset(1)
+            feature[i] = single.observe({k: [v] for k, v in self.obs[i].items()})[0]
+            for name in ("h", "z", "action", "target", "tcp"):
+                getattr(self.filter, name)[i] = getattr(single, name)[0]
+        flags = [torch.from_numpy(x).to(device) for x in (done, truncated)]
+        return feature, flags[0].float(), *flags, final

@@ -219,9 +219,10 @@ def test_help_lists_every_setting(capsys):
 def test_online_rival_runs(done):
     """SimEnv has DreamEnv's interface, so DPPO online is the same code."""
     import numpy as np
+    from evaluate import SimEnv
     cfg = diwa.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
     wm, actor, _ = diwa.load_policy(cfg, "bc")
-    env = diwa.SimEnv(cfg, wm, [diwa.calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    env = SimEnv(cfg, wm, [diwa.calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
     feature = env.reset()
     env.age[:] = env.horizon - 1
     following, reward, terminated, truncated, final = env.step(actor.sample_chain(feature)[:, -1])
