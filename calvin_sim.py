@@ -620,7 +620,7 @@ def demo_episode(sim, task_name, seed, max_steps=120):
     while recorder.length < max_steps and recorder.length != last:
         scene = recorder.step(expert)
         if last is None and success(task_name, start, scene):
-            last = recorder.length + rng.integers(2, 5)  # a few frames more, as a person would
+            last = recorder.length + rng.integers(8, 17) # a while longer, as a person would: success is more than one moment
         elif last is None and expert.done:               # a person who sees that it failed tries again
             expert.plan()
     return recorder.episode(), last is not None

@@ -450,7 +450,7 @@ def world_model_loss(wm, batch, cfg):
 def views(wm, recording, starts, length, last=None):
     """Windows as the posterior sees them and as the prior dreams them from their first frame alone.
 
-    starts [W]; last [W] final frame of each window's episode (frames past it repeat it).  -> posterior, dreamed [W, T, F], frames [W, T]"""
+    starts [W]; last [W] final frame of each window's episode (past it, frames and features repeat).  -> posterior, dreamed [W, T, F], frames [W, T]"""
     frames = starts[:, None] + np.arange(length)
     if last is not None:
         frames = np.minimum(frames, last[:, None])
@@ -459,7 +459,8 @@ def views(wm, recording, starts, length, last=None):
         batch = recording.batch(block)
         context = torch.ones(len(block), device=wm.cfg.device)
         feature, _, dream = wm.rollout(wm.embed(batch), batch["action"], batch["command"], context)
-        seen.append(feature), dreamed.append(dream)
+        rows, times = np.arange(len(block))[:, None], block - block[:, :1]
+        seen.append(feature[rows, times]), dreamed.append(dream[rows, times])
     return torch.cat(seen), torch.cat(dreamed), frames
 
 
@@ -1167,7 +1168,7 @@ def stage_report(cfg):
     """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
     folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
     before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
-    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation["curve"], cfg.eval_curve, before, after)
+    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation["curve"], cfg.eval_curve, before, after, load(cfg, "reward")["trust"])
     wm, _, classifier = load_policy(cfg, "bc")
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
     a, b = next((a, b) for t, a, b in replay.ds.segments if t == cfg.task)

@@ -637,6 +637,20 @@ def test_open_loop_loss_counts_dreamed_frames_only():
         torch.testing.assert_close(metrics[name], torch.stack([error[p] for p in pairs]).mean())
 
 
+def test_a_short_windows_dream_waits_at_its_end(no_noise):
+    """Windows of several lengths in one batch: each ends as it does alone, and is not dreamed on past its last frame."""
+    from types import SimpleNamespace
+    wm = world(tiny())
+    every = dict(action=torch.randn(20, 7), command=torch.randn(20, 7), proprio=torch.randn(20, 15), codes=torch.randn(20, wm.codec.size))
+    made_up = SimpleNamespace(batch=lambda frames: {k: v[torch.from_numpy(frames)] for k, v in every.items()})
+    seen, dreamed, frames = diwa.views(wm, made_up, np.array([0, 9]), 8, np.array([4, 16]))
+    alone = diwa.views(wm, made_up, np.array([0]), 5)
+    assert frames[0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
+    for together, single in zip((seen, dreamed), alone):
+        assert torch.allclose(together[0, :5], single[0], atol=1e-5) and torch.equal(together[0, 4:], together[0, 4:5].expand(4, -1))
+        assert not torch.equal(together[1, 6], together[1, 7])
+
+
 @pytest.mark.parametrize("encoder", ["conv", "linear"])
 def test_image_error_is_summed(encoder):
     """Half the squared error summed over channels and pixels, or codes; averaged, the KL weight would mean something else.  The gripper camera has
