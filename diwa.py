@@ -747,10 +747,8 @@ class DreamEnv:
     @torch.no_grad()
     def step(self, chunk):
         first, age, shift, now = self.state["first"], self.state["age"] + 1, self.state["shift"], self.state
-        for action in executed(chunk).unbind(1):
-            now = dream_step(self.wm, now, action, shift)
+        now, reward = dream_chunk(self.wm, self.classifier, now, first, executed(chunk), shift)
         final = feature_of(now)                                                                       # [B, F]
-        reward = self.classifier.success(first, final)
         terminated = reward > 0
         truncated = (age >= self.horizon) & ~terminated
         new, now, done = self.draw(len(chunk)), dict(now, first=first, age=age, shift=shift), terminated | truncated
@@ -770,6 +768,14 @@ def dream_step(wm, state, action, shift=0.0):
     h = wm.step(state["h"], state["z"], action, command + shift)
     return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
 
+def dream_chunk(wm, classifier, state, first, chunk, shift=0.0):
+    """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two frames both look like success.
+
+    One frame would do for a robot; in a dream the sampled latent makes things flicker, and a policy learns to wait for the flicker."""
+    for action in chunk.unbind(1):
+        before, state = state, dream_step(wm, state, action, shift)
+    return state, classifier.success(first, feature_of(before)) * classifier.success(first, feature_of(state))
+
 def executed(action):
     """What the arm receives for a policy's numbers [..., 7]: clipped to [-1, 1], the gripper binary, in dreams as on the robot."""
     grip = torch.where(action[..., 6:] >= 0, 1.0, -1.0)
@@ -779,10 +785,9 @@ def executed(action):
 def replay_in_dream(wm, classifier, state, first, actions, chunk):
     """Replay executed actions [B, T, 7] in the dream from the agent's first state: the classifier's verdicts at chunk ends [B, T / H]."""
     verdicts = []
-    for t, action in enumerate(actions.unbind(1)):
-        state = dream_step(wm, state, action)
-        if (t + 1) % chunk == 0:
-            verdicts.append(classifier.success(first, feature_of(state)))
+    for part in actions[:, :actions.shape[1] // chunk * chunk].split(chunk, 1):
+        state, verdict = dream_chunk(wm, classifier, state, first, part)
+        verdicts.append(verdict)
     return torch.stack(verdicts, 1).cpu().numpy()
 
 @torch.no_grad()
@@ -790,9 +795,8 @@ def dream_on(cfg, wm, actor, classifier, state, first, frozen=False):
     """The policy itself in the dream, from the agent's first state: does the dream believe in its success?  [B]"""
     solved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
     for _ in range(cfg.eval_steps // cfg.bc_chunk):
-        for action in executed(actor.act(feature_of(state), frozen=frozen)).unbind(1):
-            state = dream_step(wm, state, action)
-        solved |= classifier.success(first, feature_of(state)) > 0
+        state, verdict = dream_chunk(wm, classifier, state, first, executed(actor.act(feature_of(state), frozen=frozen)))
+        solved |= verdict > 0
     return solved.cpu().numpy()
 
 
@@ -1064,9 +1068,10 @@ def stage_reward(cfg):
         return metrics
 
     partial = train(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), update, every=50)
-    def verdict(feature):                                   # [W, T, F]: does it fire at the end of any chunk?
+    def verdict(feature):                                   # [W, T, F]: would it have been paid for at the end of any chunk?  See dream_chunk
         with torch.no_grad():
-            return model.success(feature[:, :1].expand_as(feature), feature)[:, cfg.bc_chunk::cfg.bc_chunk].any(1).cpu().numpy()
+            fires = model.success(feature[:, :1].expand_as(feature), feature)
+        return (fires[:, cfg.bc_chunk::cfg.bc_chunk] * fires[:, cfg.bc_chunk - 1:-1:cfg.bc_chunk]).any(1).cpu().numpy()
     judged = report.trust(cfg.task, verdict, play, replay, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
     save(output(cfg, "reward"), dict(stamp=stamp(cfg, "reward"), model=model.state_dict(), trust=judged))
     partial.unlink(missing_ok=True)

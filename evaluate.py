@@ -46,16 +46,16 @@ def run_episodes(cfg, agent, classifier, sims, seeds, record=0):
         for i in range(min(B, record)):
             if not frames[i] or steps[i] >= t:
                 frames[i].append(np.concatenate([obs[i]["rgb_static"], obs[i]["rgb_gripper"]], 1))
-        if t == cfg.eval_steps or solved.all() and t % H == 0:
+        if t == cfg.eval_steps or (t >= steps + H).all() and t % H == 0:
             break
         actions.append(torch.from_numpy(action))
-        for i in np.flatnonzero(~solved):
+        for i in np.flatnonzero(t < steps + H):             # a chunk more than it takes: the classifier deserves a second look
             obs[i] = sims[i].step(action[i])
-            if calvin_sim.success(cfg.task, start[i], obs[i]["scene_obs"]):
+            if not solved[i] and calvin_sim.success(cfg.task, start[i], obs[i]["scene_obs"]):
                 solved[i], steps[i] = True, t + 1
     dream = replay_in_dream(agent.wm, classifier, begin, first, torch.stack(actions, 1), H)
     dreamed = dream_on(cfg, agent.wm, agent.actor, classifier, begin, first, agent.frozen)
-    real, truth, ends = np.stack(real, 1), np.stack(truth, 1), -(-steps // H)                         # [B, T / H]
+    real, truth, ends = np.stack(real, 1), np.stack(truth, 1), 1 - -steps // H                        # [B, T / H]
     cut = lambda x, i: [int(v) for v in x[i, :ends[i]]]
     return [dict(seed=int(seeds[i]), success=bool(solved[i]), steps=int(steps[i]), truth=cut(truth, i), real=cut(real, i), dream=cut(dream, i),
                  dreamed_success=bool(dreamed[i]), frames=frames[i]) for i in range(B)]

@@ -1050,10 +1050,22 @@ def test_env_flags_and_restarts():
     assert term2.tolist() == [False, True] + 4 * [False]
     assert trunc2.tolist() == [False, False] + 4 * [True]                                   # row 0 is one chunk old, row 1 succeeded in time
     assert torch.equal(f2[0], final2[0]) and (f2[1:] - final2[1:]).abs().amax(1).min() > 1e-3
-    assert torch.equal(judge.asked[0][0], begin) and torch.equal(judge.asked[0][1], final1)
-    assert torch.equal(judge.asked[1][0][0], f1[0]) and torch.equal(judge.asked[1][0][1:], begin[1:])   # each against its own first feature
+    assert len(judge.asked) == 4 and torch.equal(judge.asked[0][0], begin) and torch.equal(judge.asked[1][1], final1)      # the last two frames of each chunk
+    assert torch.equal(judge.asked[3][0][0], f1[0]) and torch.equal(judge.asked[3][0][1:], begin[1:])   # each against its own first feature
     assert torch.equal(env.state["first"][1:], f2[1:]) and env.state["age"].tolist() == [1, 0, 0, 0, 0, 0]
     assert torch.equal(diwa.feature_of(env.state), f2)
+
+
+def test_a_flicker_is_no_success():
+    """The reward asks the last two frames of a chunk, and both must look like success."""
+    cfg = tiny()
+    wm, first = world(cfg), torch.randn(6, diwa.WorldModel(cfg).feature_size)
+    env = dream(cfg, wm)
+    env.reset()
+    seen = iter([torch.tensor([1.0, 1, 0, 0, 1, 1]), torch.tensor([1.0, 0, 1, 0, 1, 0])])
+    judge = type("Flickering", (), {"success": lambda self, first, feature: next(seen)})()
+    state, reward = diwa.dream_chunk(wm, judge, env.state, first, torch.randn(6, 4, 7).clamp(-1, 1))
+    assert reward.tolist() == [1, 0, 0, 0, 1, 0] and diwa.feature_of(state).shape == first.shape
 
 
 def test_rollout_of_the_policy():

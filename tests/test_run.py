@@ -18,6 +18,7 @@ import report
 import runs
 
 TINY = ["--preset", "smoke", "--device", "cpu"]
+SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2"]   # where only the plumbing is tested
 
 
 def shell(*flags, timeout=240, prelude=""):
@@ -91,7 +92,7 @@ def test_offline_stages_step_no_simulator(done, tmp_path, monkeypatch):
     for module in (runs, evaluate):
         monkeypatch.setattr(module, "in_processes", forbidden)
     for stage in ("wm", "bc", "reward", "finetune"):
-        assert fast(folder, "--stage", stage) == 0
+        assert fast(folder, "--stage", stage, *SHORT) == 0
     assert (folder / "smoke" / "finetune_close_drawer.pt").exists()
 
 
@@ -249,7 +250,7 @@ def recording(done, tmp_path_factory):
 
 def test_a_recording_alone_is_enough(recording, tmp_path, capsys):
     """--sim none: every stage but the simulator's, ending in dream success; and then, on the same results, an evaluation in a simulator."""
-    flags = [*TINY, "--runs", str(tmp_path), "--data", str(recording), "--eval_episodes", "4"]
+    flags = [*TINY, *SHORT, "--runs", str(tmp_path), "--data", str(recording), "--eval_episodes", "4"]
     assert diwa.main([*flags, "--stage", "all", "--sim", "none"]) == 0
     folder = tmp_path / "smoke"
     text, evaluation = (folder / "report.md").read_text(), json.loads((folder / "eval_close_drawer.json").read_text())
