@@ -20,7 +20,7 @@ One action = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad a unit), gripp
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line):
     - dreams start from *recorded* frames; the official code resets the simulator for each first frame;
     - the transition is told the commanded pose c, because CALVIN's arm follows a target that accumulates the actions, and sines of it;
-    - each dream misplaces the arm by a few millimetres, about as much as a dream can be trusted;
+    - each dream misplaces the arm by a few millimetres, about as much as a dream can be trusted, and its success must last for two frames;
     - the preset `cpu` learns on linear codes of the frames and Gaussian latents; `gpu` and `paper` use convolutions and categoricals;
     - the prior is also trained open loop, because that is how it is used in a dream;
     - the classifier compares the current feature with the first one, because CALVIN's task rules do.
@@ -41,15 +41,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import calvin_real
 import calvin_sim
 import report
 from calvin_sim import TASKS, advance_target
 from data import Dataset, InputError, action_chunks, window_starts, write_atomic
 from evaluate import evaluate
 from recording import Recording, decode_pose, encode_command, encode_proprio
-from runs import (RENDERERS, STAGES, Log, Snapshots, check_data, known, load, output, pack_recorded, parse, read_log, record, save, seed_everything, stamp, stamp_of,
-                  train, use_given_demos, use_given_play, versions)
+from runs import (STAGES, Log, Snapshots, check_config, load, output, pack_recorded, parse, read_log, record, save, seed_everything, stamp, stamp_of, train,
+                  use_given_demos, use_given_play, versions)
 
 # ======================================================================================================================
 # 1  Config.  Every number of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -1190,28 +1189,6 @@ def stage_report(cfg):
 # ======================================================================================================================
 # 9  Command line
 # ======================================================================================================================
-
-def check_config(cfg):
-    for name, allowed in (("task", [*TASKS, "all"]), ("stage", [*STAGES, "report", "all"]), ("sim", [*RENDERERS]), ("wm_encoder", ["linear", "conv"]), ("wm_latent", ["gaussian", "categorical"]),
-                          ("bc_net", ["mlp", "unet"]), ("bc_actor", ["diffusion", "gaussian"]), ("reward_labels", ["unlabelled", "demos", "predicate"]), ("device", ["auto", "cpu", "cuda"])):
-        known(getattr(cfg, name), allowed, name)
-    if cfg.sim == "none" and not cfg.data:
-        raise InputError("--sim none has nothing to record in: give a dataset with --data, or choose --sim tabletop")
-    if cfg.sim == "calvin":
-        calvin_real.import_calvin_env(cfg.calvin_root)      # now, not after hours of training
-    if cfg.data:
-        check_data(cfg)
-    if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but this torch sees no CUDA device: use --device cpu")
-    if cfg.wm_encoder == "conv" and cfg.image_size != 64:
-        raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
-    if not 1 <= cfg.ft_steps <= cfg.bc_steps:
-        raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), not {cfg.ft_steps}")
-    if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
-        raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
-    return cfg
 
 def run_stage(cfg, stage):
     began, path = time.time(), output(cfg, stage)

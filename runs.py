@@ -319,6 +319,30 @@ def pack_recorded(cfg, stage, folder, good):
 
 # --- somebody else's recording: --data ------------------------------------------------------------------------------------
 
+def check_config(cfg):
+    """Settings that cannot work are refused now, not after hours; the device is chosen.  -> cfg"""
+    for name, allowed in (("task", [*calvin_sim.TASKS, "all"]), ("stage", [*STAGES, "report", "all"]), ("sim", [*RENDERERS]), ("wm_encoder", ["linear", "conv"]), ("wm_latent", ["gaussian", "categorical"]),
+                          ("bc_net", ["mlp", "unet"]), ("bc_actor", ["diffusion", "gaussian"]), ("reward_labels", ["unlabelled", "demos", "predicate"]), ("device", ["auto", "cpu", "cuda"])):
+        known(getattr(cfg, name), allowed, name)
+    if cfg.sim == "none" and not cfg.data:
+        raise InputError("--sim none has nothing to record in: give a dataset with --data, or choose --sim tabletop")
+    if cfg.sim == "calvin":
+        calvin_real.import_calvin_env(cfg.calvin_root)      # now, not after hours of training
+    if cfg.data:
+        check_data(cfg)
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was asked for, but this torch sees no CUDA device: use --device cpu")
+    if cfg.wm_encoder == "conv" and cfg.image_size != 64:
+        raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
+    if not 1 <= cfg.ft_steps <= cfg.bc_steps:
+        raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), not {cfg.ft_steps}")
+    if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
+        raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
+    return cfg
+
+
 def check_data(cfg):
     """The dataset of --data, if a run with these settings can use it."""
     given = Dataset(cfg.data)
