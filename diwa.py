@@ -71,7 +71,7 @@ class Config:
     data: str = ""                  # a recorded dataset, see data.py: its frames are the play, its task segments the demonstrations
     image_size: int = 64            # pixels a side of both cameras (paper: 64)
     # play: task-agnostic interaction, the world model's only food
-    play_frames: int = 90_000       # recorded frames (paper: 500,000)
+    play_frames: int = 150_000      # recorded frames (paper: 500,000)
     play_episode: int = 250         # frames of one episode
     play_replay: int = 20           # expert demonstrations a task, all eight tasks, that only judge the world model
     # demos: what the policy is cloned from
@@ -87,7 +87,7 @@ class Config:
     wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
     wm_embed: int = 256             # width of the fused embedding of one observation
     wm_octaves: int = 3             # the transition also sees sines of the commanded position, finest wavelength 4 cm (paper: 0)
-    wm_updates: int = 5000          # gradient steps (paper: up to 2 M)
+    wm_updates: int = 4400          # gradient steps (paper: up to 2 M)
     wm_batch: int = 32              # sequences a batch (paper: 50)
     wm_length: int = 20             # frames a sequence (paper: 50)
     wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
