@@ -517,13 +517,13 @@ class Expert:
     """Follows noisy waypoints by relative actions: act(robot_obs [15], scene_obs [24]) -> action [7].
 
     It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions.
-    `error` (m) displaces the whole attempt, mostly sideways: that is a near miss or a miss. `haste` speeds it up.
+    `error` (m) displaces the whole attempt: that is a near miss or a miss. `haste` speeds it up.
     """
 
     def __init__(self, task_name, rng, error=0.0, haste=1.0):
         self.skill = SKILLS[task_name][0 if rng.random() < 0.65 else -1]
         direction = rng.normal(size=3)
-        self.error, self.rng, self.haste = error * direction / np.linalg.norm(direction) * (2.5, 1, 1), rng, haste
+        self.error, self.rng, self.haste = error * direction / np.linalg.norm(direction), rng, haste
         self.queue, self.path, self.noise, self.target = [], None, np.zeros(6), None
         self.plan()
 
@@ -638,16 +638,16 @@ def _next_task(scene, last, rng):
 
 
 def play_episode(sim, seed, length):
-    """`length` frames of play, most of it clumsy: near misses, and misses by far -> episode of arrays [length, ...]. A function of the seed."""
+    """`length` frames of play, a third of it near misses -> episode of arrays [length, ...]. A function of the seed."""
     rng, name = np.random.default_rng([seed, 0, 2]), None
     recorder = _Recorder(sim, sample_start(list(TASKS)[rng.integers(len(TASKS))], rng))
     while recorder.length < length:
         before = recorder.obs["scene_obs"]
         name = _next_task(before, name, rng)
-        error = rng.exponential(0.03) if rng.random() < 0.6 else 0.0
-        expert = Expert(name, rng, error, haste=np.exp(rng.uniform(0, 1)))
+        error = rng.uniform(0.01, 0.06) if rng.random() < 0.33 else 0.0
+        expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8))
         expert.skip_ahead(recorder.obs["robot_obs"], before)
-        patience = int(rng.integers(5, 30)) if rng.random() < 0.08 else 80
+        patience = int(rng.integers(5, 30)) if rng.random() < 0.08 else 60
         while recorder.length < length and not expert.done and patience > 0:
             patience -= 1
             if success(name, before, recorder.step(expert)):

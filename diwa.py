@@ -71,7 +71,7 @@ class Config:
     data: str = ""                  # a recorded dataset, see data.py: its frames are the play, its task segments the demonstrations
     image_size: int = 64            # pixels a side of both cameras (paper: 64)
     # play: task-agnostic interaction, the world model's only food
-    play_frames: int = 150_000      # recorded frames (paper: 500,000)
+    play_frames: int = 90_000       # recorded frames (paper: 500,000)
     play_episode: int = 250         # frames of one episode
     play_replay: int = 20           # expert demonstrations a task, all eight tasks, that only judge the world model
     # demos: what the policy is cloned from
@@ -87,7 +87,7 @@ class Config:
     wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
     wm_embed: int = 256             # width of the fused embedding of one observation
     wm_octaves: int = 3             # the transition also sees sines of the commanded position, finest wavelength 4 cm (paper: 0)
-    wm_updates: int = 4400          # gradient steps (paper: up to 2 M)
+    wm_updates: int = 5000          # gradient steps (paper: up to 2 M)
     wm_batch: int = 32              # sequences a batch (paper: 50)
     wm_length: int = 20             # frames a sequence (paper: 50)
     wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
@@ -655,11 +655,16 @@ def ema_update(average, net, decay, step):
     for a, b in zip(average.parameters(), net.parameters()):
         a.lerp_(b, 1 - decay)
 
-def demonstration_views(wm, recording, segments, offsets=8, draws=2):
-    """Every moment of every demonstration, seen from starts every `offsets` frames earlier: as the posterior filters it and as the prior
+def demonstration_views(cfg, wm, recording, offsets=8, draws=2):
+    """Every moment of every demonstration until just after its success, seen from starts every `offsets` frames earlier: as the posterior filters it and as the prior
     dreams it.  A deployed policy starts from the zero state, a dreamed one sees prior features: it is cloned on what it will meet.
 
+    What follows success is another task's beginning: counted as success, it teaches the classifier where arms go afterwards.
     Returns feature, first feature of the same window [P, F], frame numbers [P], start frames [P]."""
+    segments = [(a, b) for _, a, b in recording.ds.segments]
+    for i, (a, b) in enumerate(segments):
+        done = np.flatnonzero(calvin_sim.success(cfg.task, recording.scene[a], recording.scene[a:b + 1]))
+        segments[i] = (a, min(b, a + done[0] + 4) if len(done) else b)
     starts = np.array([(s, b) for a, b in segments for s in range(a, b - 3, offsets)])
     length = int((starts[:, 1] - starts[:, 0]).max()) + 1
     feature, first, frame, start = [], [], [], []
@@ -1009,7 +1014,7 @@ def stage_bc(cfg):
     wm, dataset = load_world_model(cfg), load(cfg, "demos")
     recording = Recording(cfg, dataset, wm)
     seed_everything(cfg.seed, "bc", cfg.task, "init")
-    feature, _, frame, _ = demonstration_views(wm, recording, [(a, b) for _, a, b in dataset.segments])
+    feature, _, frame, _ = demonstration_views(cfg, wm, recording)
     chunks = torch.from_numpy(action_chunks(np.array(dataset["rel_actions"]), dataset.episodes, cfg.bc_chunk)).to(cfg.device)
     frame = torch.from_numpy(frame).to(cfg.device)
     actor = build_actor(cfg, wm.feature_size)
@@ -1036,7 +1041,7 @@ def stage_reward(cfg):
     recording, play, replay = (Recording(cfg, dataset, wm) for dataset in (demos, load(cfg, "play"), Dataset(output(cfg, "play").with_name("replay"))))
     length = min(cfg.eval_steps + 1, cfg.play_episode)
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
-    feature, first, frame, start = demonstration_views(wm, recording, [(a, b) for _, a, b in demos.segments])
+    feature, first, frame, start = demonstration_views(cfg, wm, recording)
     label = torch.from_numpy(calvin_sim.success(cfg.task, recording.scene[start], recording.scene[frame])).to(cfg.device)
     groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
     if cfg.reward_labels != "demos":
