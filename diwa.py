@@ -176,7 +176,7 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 #        h_t  = GRU(h_{t-1}, [z_{t-1}, a_{t-1}, c_t])       what has happened
 #        z^_t ~ prior(h_t)                                   what the frame should look like         <- dreams use this one
 #        z_t  ~ posterior(h_t, embedding of frame t)         what it does look like                  <- the robot uses this one
-#        frame_t ~ decoder(h_t, z_t)
+#        frame_t ~ decoder(h_t, z_t, c_t)
 #
 #    Alignment matters: step t consumes the action executed BEFORE frame t.  Every training sequence starts from the zero state,
 #    because that is how each dream and each deployment starts.
@@ -289,8 +289,8 @@ def stats_size(cfg):
 
 def log_probs(stats, cfg):
     """Categorical logits [..., Z * C] -> normalised log-probabilities [..., Z, C], with a little uniform mixed in (DreamerV3)."""
-    probs = stats.float().unflatten(-1, (-1, cfg.wm_classes)).softmax(-1)
-    return torch.log((1 - cfg.wm_unimix) * probs + cfg.wm_unimix / cfg.wm_classes)
+    logits = stats.float().unflatten(-1, (-1, cfg.wm_classes)).log_softmax(-1)
+    return torch.log((1 - cfg.wm_unimix) * logits.exp() + cfg.wm_unimix / cfg.wm_classes) if cfg.wm_unimix else logits
 
 def mean_std(stats):
     """Gaussian head [..., 2 Z] -> mean, std [..., Z]."""
@@ -545,7 +545,7 @@ def gaussian_logprob(x, mean, std):
     return (-0.5 * ((x - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)).clamp(-5, 2)
 
 class DiffusionActor(nn.Module):
-    """net: the trainable denoiser.  base: its frozen copy, which makes the first K - K' steps and anchors fine-tuning."""
+    """net: the trainable denoiser.  base: while cloning its moving average, then its frozen copy, which makes the first K - K' steps and anchors fine-tuning."""
 
     def __init__(self, cfg, feature_size):
         super().__init__()
@@ -598,12 +598,12 @@ class DiffusionActor(nn.Module):
         feature [B, F], chain [B, K'+1, H, A] -> [B, K'].  Step j turns chain[j] into chain[j + 1] and is denoising step t = K' - 1 - j."""
         t = torch.arange(self.tuned - 1, -1, -1, device=chain.device)                                 # [K']
         mean = self.mean(self.net, chain[:, :-1], t, feature[:, None])                                # [B, K', H, A]
-        std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]                                   # its own floor, also at t = 0
+        std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]                                   # floored as in sampling, also at t = 0
         return gaussian_logprob(chain[:, 1:], mean, std).mean((-1, -2))                               # [B, K']
 
-    def act(self, feature, frozen=False):
-        """feature [B, F] -> the chunk to execute [B, H, A], nearly without exploration noise."""
-        return self.sample_chain(feature, explore=False, frozen=frozen)[:, -1]
+    def act(self, feature):
+        """feature [B, F] -> the chunk to execute [B, H, A]: DDPM's own noise without exploration's floor, none at the last step."""
+        return self.sample_chain(feature, explore=False)[:, -1]
 
     @torch.no_grad()
     def act_ddim(self, feature, steps=5):
@@ -642,8 +642,7 @@ class GaussianActor(nn.Module):
         mean = self.mean(self.net, feature)
         return gaussian_logprob(chain[:, 1], mean, torch.full_like(mean, self.cfg.ft_std)).mean((-1, -2))[:, None]   # [B, 1]
 
-    def act(self, feature, frozen=False):
-        return self.sample_chain(feature, explore=False, frozen=frozen)[:, -1]
+    act = DiffusionActor.act
 
 def build_actor(cfg, feature_size):
     return (DiffusionActor if cfg.bc_actor == "diffusion" else GaussianActor)(cfg, feature_size).to(cfg.device)
@@ -786,20 +785,11 @@ def executed(action):
     return torch.cat([action[..., :6].clamp(-1, 1), grip], -1)
 
 @torch.no_grad()
-def replay_in_dream(wm, classifier, state, first, actions, chunk):
-    """Replay executed actions [B, T, 7] in the dream from the agent's first state: the classifier's verdicts at chunk ends [B, T / H]."""
-    verdicts = []
-    for part in actions[:, :actions.shape[1] // chunk * chunk].split(chunk, 1):
-        state, verdict = dream_chunk(wm, classifier, state, first, part)
-        verdicts.append(verdict)
-    return torch.stack(verdicts, 1).cpu().numpy()
-
-@torch.no_grad()
-def dream_on(cfg, wm, actor, classifier, state, first, frozen=False):
+def dream_on(cfg, wm, actor, classifier, state, first):
     """The policy itself in the dream, from the agent's first state: does the dream believe in its success?  [B]"""
     solved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
     for _ in range(cfg.eval_steps // cfg.bc_chunk):
-        state, verdict = dream_chunk(wm, classifier, state, first, executed(actor.act(feature_of(state), frozen=frozen)))
+        state, verdict = dream_chunk(wm, classifier, state, first, executed(actor.act(feature_of(state))))
         solved |= verdict > 0
     return solved.cpu().numpy()
 
@@ -830,17 +820,17 @@ def clip_schedule(cfg, links, device):
 class RewardScaler(nn.Module):
     """Divides rewards by the running std of the discounted return, clipped to +-10; state lives in buffers, so it is saved and resumed."""
 
-    def __init__(self, dreams):
+    def __init__(self):
         super().__init__()
-        for name, value in dict(ret=torch.zeros(dreams), mean=torch.zeros(()), var=torch.ones(()), count=torch.tensor(1e-4)).items():
+        for name, value in dict(mean=torch.zeros(()), var=torch.ones(()), count=torch.tensor(1e-4)).items():
             self.register_buffer(name, value)
 
-    def forward(self, reward, ended_before, gamma):
-        """reward [T, B]; ended_before [T, B]: the dream had just restarted -> scaled reward [T, B]"""
-        returns = []
-        for r, first in zip(reward, ended_before):
-            self.ret = r + gamma * self.ret * ~first
-            returns.append(self.ret)
+    def forward(self, reward, over, gamma):
+        """reward [T, B] of dreams from their start; over [T, B]: the dream ended there and began anew -> scaled reward [T, B]"""
+        returns, so_far = [], torch.zeros_like(reward[0])
+        for r, end in zip(reward, over):
+            returns.append(so_far + r)
+            so_far = gamma * returns[-1] * ~end
         x = torch.stack(returns)
         delta, n = x.mean() - self.mean, x.numel()
         total = self.count + n
@@ -849,16 +839,16 @@ class RewardScaler(nn.Module):
         return (reward / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 @torch.no_grad()
-def dream_rollout(cfg, env, feature, actor, critic):
-    """ft_chunks steps of every dream -> tensors [T, B, ...] and the feature to go on from."""
-    rows = []
+def dream_rollout(cfg, env, actor, critic):
+    """ft_chunks steps of every dream, from its start -> tensors [T, B, ...]"""
+    feature, rows = env.reset(), []
     for _ in range(cfg.ft_chunks):
         chain = actor.sample_chain(feature)
         following, reward, terminated, truncated, final = env.step(chain[:, -1])
         rows.append(dict(feature=feature, chain=chain, reward=reward, terminated=terminated, truncated=truncated,
                          logprob=actor.chain_logprob(feature, chain), value=critic(feature)[:, 0], next_value=critic(final)[:, 0]))
         feature = following
-    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}, feature
+    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 def ppo_loss(cfg, actor, critic, b):
     """DPPO, eq. 11.  b: a minibatch with feature [N, F], chain [N, K'+1, H, A], logprob [N, K'], advantage, return [N], anchor (chains of the
@@ -876,12 +866,13 @@ def ppo_loss(cfg, actor, critic, b):
                    clipped=((ratio - 1).abs() > clip).float().mean())
     return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
 
-def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, train_actor):
-    """Dream, then learn from it.  -> feature and ended [B] to go on from, diagnostics"""
-    roll, feature = dream_rollout(cfg, env, feature, actor, critic)
+def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
+    """Dream, then learn from it.  -> diagnostics
+
+    All dreams start anew, so that an iteration depends on nothing that a resumed run would not have."""
+    roll = dream_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
-    before = torch.cat([ended[None], over[:-1]])
-    reward = scaler(roll["reward"], before, cfg.ft_gamma)
+    reward = scaler(roll["reward"], over, cfg.ft_gamma)
     advantage, returns = gae(reward, roll["value"], roll["next_value"], roll["terminated"], roll["truncated"], cfg.ft_gamma, cfg.ft_lambda)
     data = dict(feature=roll["feature"], chain=roll["chain"], logprob=roll["logprob"], advantage=(advantage - advantage.mean()) / (advantage.std() + 1e-8))
     data["return"] = returns
@@ -902,7 +893,7 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, t
     out = {k: torch.stack([m[k].detach() for m in history]).mean() for k in history[0]}
     out["explained"] = 1 - (returns - roll["value"]).var() / (returns.var() + 1e-8)
     out["dream_success"] = roll["terminated"].sum() / over.sum().clamp(min=1)
-    return feature, over[-1], out
+    return out
 
 
 # ======================================================================================================================
@@ -913,8 +904,8 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, t
 class Agent:
     """B robots in lock step.  reset(B); act(obs) -> actions [B, 7] with obs a dict of stacked observations."""
 
-    def __init__(self, cfg, wm, actor, frozen=False):
-        self.cfg, self.wm, self.actor, self.frozen = cfg, wm, actor, frozen
+    def __init__(self, cfg, wm, actor):
+        self.cfg, self.wm, self.actor = cfg, wm, actor
 
     def reset(self, batch):
         self.h, self.z = self.wm.initial(batch, self.cfg.device)
@@ -940,7 +931,7 @@ class Agent:
     def act(self, obs):
         feature = self.observe(obs)
         if not self.queue:
-            self.queue = list(self.actor.act(feature, frozen=self.frozen).unbind(1))                  # H actions [B, 7]
+            self.queue = list(self.actor.act(feature).unbind(1))                                      # H actions [B, 7]
         self.action = executed(self.queue.pop(0))
         return self.action.cpu().numpy()
 
@@ -987,8 +978,9 @@ def stage_wm(cfg):
             wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"][pick]).to(cfg.device))
     recording = Recording(cfg, dataset, wm)
     wm.lead.fill_(recording.lead)
-    episodes, _ = dataset.split(0.1)
-    starts = window_starts(episodes, cfg.wm_length)
+    episodes, judging = dataset.split(0.1)
+    starts, length = window_starts(episodes, cfg.wm_length), min(73, cfg.play_episode - 1)
+    window_starts(episodes, length), window_starts(judging, length)           # too short to be judged? Then say so before the training
     optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
 
     def update(i, rng):
@@ -1004,7 +996,7 @@ def stage_wm(cfg):
     partial = train(cfg, "wm", cfg.wm_updates, dict(model=wm, optimizer=optimizer), update)
     wm.eval().requires_grad_(False)
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
-    judged = report.judge_world_model(recording, replay, lambda *windows: views(wm, *windows), min(73, cfg.play_episode - 1), seed_everything(cfg.seed, "judge"))
+    judged = report.judge_world_model(recording, replay, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
     print("  replay share " + "  ".join(f"{t} {s:.2f}" for t, s in judged["replay_share"].items()))
     save(output(cfg, "wm"), dict(stamp=stamp(cfg, "wm"), model=wm.state_dict(), judged=judged))
     partial.unlink(missing_ok=True)
@@ -1039,10 +1031,12 @@ def stage_reward(cfg):
     """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
     wm, demos = load_world_model(cfg), load(cfg, "demos")
     recording, play, replay = (Recording(cfg, dataset, wm) for dataset in (demos, load(cfg, "play"), Dataset(output(cfg, "play").with_name("replay"))))
-    length = min(cfg.eval_steps + 1, cfg.play_episode)
+    length = min(73, cfg.play_episode)
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     feature, first, frame, start = demonstration_views(cfg, wm, recording)
     label = torch.from_numpy(calvin_sim.success(cfg.task, recording.scene[start], recording.scene[frame])).to(cfg.device)
+    if not label.any():
+        raise InputError(f"no demonstration of {cfg.task} fulfils the task's rule, so nothing shows what success is: are the segments and scene_obs of {output(cfg, 'demos')} right?")
     groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
     if cfg.reward_labels != "demos":
         seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split(0.1)[0], length), min(1500, 50 * cfg.demo_count)), length)
@@ -1072,10 +1066,10 @@ def stage_reward(cfg):
         return metrics
 
     partial = train(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), update, every=50)
-    def verdict(feature):                                   # [W, T, F]: would it have been paid for at the end of any chunk?  See dream_chunk
+    def verdict(feature):                                   # [W, T, F]: does it fire in two frames running?  See dream_chunk
         with torch.no_grad():
             fires = model.success(feature[:, :1].expand_as(feature), feature)
-        return (fires[:, cfg.bc_chunk::cfg.bc_chunk] * fires[:, cfg.bc_chunk - 1:-1:cfg.bc_chunk]).any(1).cpu().numpy()
+        return (fires[:, 1:] * fires[:, :-1]).any(1).cpu().numpy()
     judged = report.trust(cfg.task, verdict, play, replay, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
     save(output(cfg, "reward"), dict(stamp=stamp(cfg, "reward"), model=model.state_dict(), trust=judged))
     partial.unlink(missing_ok=True)
@@ -1112,15 +1106,12 @@ def dream_starts(cfg, wm):
 def finetune(cfg, env, actor):
     """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO, see evaluate.py)."""
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
-    scaler = RewardScaler(cfg.ft_dreams).to(cfg.device)
+    scaler = RewardScaler().to(cfg.device)
     optimizers = dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr), critic=torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr))
     snapshots = Snapshots()
 
     def update(i, rng):
-        # dreams restart with each iteration, so that an iteration depends on nothing that a resumed run would not have
-        feature = env.reset()
-        ended = torch.ones(len(feature), dtype=torch.bool, device=feature.device)
-        _, _, metrics = ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, i >= cfg.ft_warmup)
+        metrics = ppo_iteration(cfg, env, actor, critic, scaler, optimizers, i >= cfg.ft_warmup)
         if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == cfg.ft_iterations:
             snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
         return metrics
@@ -1166,10 +1157,10 @@ def dream_evaluation(cfg):
     for policy in ("bc", "tuned"):
         seed_everything("evaluate", cfg.seed)
         wm, actor, classifier = load_policy(cfg, policy)
-        agent = Agent(cfg, wm, actor, frozen=policy == "bc")
+        agent = Agent(cfg, wm, actor)
         agent.reset(len(frames))
         first = agent.observe({key: replay[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
-        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, wm, actor, classifier, agent.state, first, agent.frozen))]
+        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, wm, actor, classifier, agent.state, first))]
     return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])))
 
 @torch.no_grad()

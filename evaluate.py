@@ -18,7 +18,7 @@ def evaluation_job(job):
     torch.set_num_threads(1)
     cfg.device = "cpu"
     wm, actor, classifier = diwa.load_policy(cfg, policy)
-    agent, results = diwa.Agent(cfg, wm, actor, frozen=policy == "bc"), []
+    agent, results = diwa.Agent(cfg, wm, actor), []
     sims = [make_sim(**sim_of(cfg)) for _ in range(min(16 if cfg.sim == "tabletop" else 1, len(seeds)))]       # calvin_env: one a process
     for a in range(0, len(seeds), len(sims)):
         group = seeds[a:a + len(sims)]
@@ -31,7 +31,7 @@ def evaluation_job(job):
 
 def run_episodes(cfg, agent, classifier, sims, seeds, record=0):
     """An episode a seed -> [dict(seed, success, steps, truth, real, dream: verdicts at chunk ends, dreamed_success, frames of the first few)]."""
-    from diwa import dream_on, feature_of, replay_in_dream
+    from diwa import dream_on, feature_of
     B, H = len(sims), cfg.bc_chunk
     obs = [sim.reset(*calvin_sim.sample_start(cfg.task, np.random.default_rng(seed))) for sim, seed in zip(sims, seeds)]
     start, solved, steps = np.stack([o["scene_obs"] for o in obs]), np.zeros(B, bool), np.full(B, cfg.eval_steps)
@@ -54,11 +54,22 @@ def run_episodes(cfg, agent, classifier, sims, seeds, record=0):
             if not solved[i] and calvin_sim.success(cfg.task, start[i], obs[i]["scene_obs"]):
                 solved[i], steps[i] = True, t + 1
     dream = replay_in_dream(agent.wm, classifier, begin, first, torch.stack(actions, 1), H)
-    dreamed = dream_on(cfg, agent.wm, agent.actor, classifier, begin, first, agent.frozen)
+    dreamed = dream_on(cfg, agent.wm, agent.actor, classifier, begin, first)
     real, truth, ends = np.stack(real, 1), np.stack(truth, 1), 1 - -steps // H                        # [B, T / H]
     cut = lambda x, i: [int(v) for v in x[i, :ends[i]]]
     return [dict(seed=int(seeds[i]), success=bool(solved[i]), steps=int(steps[i]), truth=cut(truth, i), real=cut(real, i), dream=cut(dream, i),
                  dreamed_success=bool(dreamed[i]), frames=frames[i]) for i in range(B)]
+
+
+@torch.no_grad()
+def replay_in_dream(wm, classifier, state, first, actions, chunk):
+    """Replay executed actions [B, T, 7] in the dream from the agent's first state: the classifier's verdicts at chunk ends [B, T / H]."""
+    from diwa import dream_chunk
+    verdicts = []
+    for part in actions[:, :actions.shape[1] // chunk * chunk].split(chunk, 1):
+        state, verdict = dream_chunk(wm, classifier, state, first, part)
+        verdicts.append(verdict)
+    return torch.stack(verdicts, 1).cpu().numpy()
 
 
 def evaluate(cfg, policies, seeds, record=0):

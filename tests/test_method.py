@@ -446,9 +446,9 @@ def test_gaussian_actor():
     assert chain.shape == (4, 2, 4, 7) and torch.equal(actor.act(feature), mean)
     want = Normal(mean, 0.1).log_prob(chain[:, 1]).clamp(-5, 2).mean((1, 2))
     torch.testing.assert_close(actor.chain_logprob(feature, chain)[:, 0], want, atol=1e-5, rtol=1e-4)
-    before = actor.act(feature, frozen=True)
+    before = actor.sample_chain(feature, explore=False, frozen=True)
     nn.init.zeros_(actor.net[-1].weight), nn.init.zeros_(actor.net[-1].bias)
-    assert torch.equal(actor.act(feature, frozen=True), before) and (actor.act(feature) == 0).all()
+    assert torch.equal(actor.sample_chain(feature, explore=False, frozen=True), before) and (actor.act(feature) == 0).all()
 
 
 def random_episodes(T=14, B=5):
@@ -506,15 +506,16 @@ def test_gae_with_lambda_one_is_the_discounted_return():
 
 def test_reward_scaler_against_numpy():
     """Rewards are divided by the std of all discounted returns seen so far, state carried from call to call and through a checkpoint."""
-    scaler, history, running, rng = diwa.RewardScaler(4), [], np.zeros(4), np.random.default_rng(0)
+    scaler, history, rng = diwa.RewardScaler(), [], np.random.default_rng(0)
     for call in range(3):
         reward, ended = (rng.random((9, 4)) < 0.3) * rng.random((9, 4)), rng.random((9, 4)) < 0.2
-        for r, first in zip(reward, ended):
-            running = r + 0.9 * running * ~first
-            history.append(running)
+        running = np.zeros(4)                                                               # every rollout begins with new dreams
+        for r, end in zip(reward, ended):
+            history.append(r + 0.9 * running)
+            running = history[-1] * ~end
         got = scaler(torch.from_numpy(reward).float(), torch.from_numpy(ended), 0.9)
         np.testing.assert_allclose(got, reward / np.std(history), rtol=1e-3)
-        fresh = diwa.RewardScaler(4)
+        fresh = diwa.RewardScaler()
         fresh.load_state_dict(scaler.state_dict())
         scaler = fresh
     assert scaler(torch.full((1, 4), 1e6), torch.ones(1, 4, dtype=torch.bool), 0.9).max() <= 10
@@ -594,6 +595,14 @@ def test_latent_samples_follow_their_distribution():
     torch.testing.assert_close(z.mean(0), mean, atol=0.05, rtol=0)
     torch.testing.assert_close(z.std(0), std, atol=0.05, rtol=0)
     assert torch.autograd.grad(z.mean(), stats)[0][:2].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_impossible_classes_are_no_nan():
+    """Without unimix a class may have probability 0 in float32; the KL must stay finite."""
+    cfg = tiny(wm_latent="categorical", wm_unimix=0.0)
+    p, q = torch.zeros(2, 20), torch.zeros(2, 20)
+    p[:, ::5], q[:, 1::5] = 500.0, 500.0
+    assert diwa.kl_divergence(p, q, cfg).isfinite().all() and diwa.log_probs(p, cfg).isfinite().all()
 
 
 def test_norm_gru_formula():
@@ -924,7 +933,7 @@ def test_the_robot_executes_whole_chunks():
     cfg, wm, dataset, _ = recorded()
     class Actor:
         asked = 0
-        def act(self, feature, frozen):
+        def act(self, feature):
             self.asked += 1
             return torch.linspace(0.1, 0.4, 4)[None, :, None].expand(1, 4, 7) * torch.tensor([1.0, 1, 1, 1, 1, 9, -1])
     actor = Actor()
@@ -1074,10 +1083,11 @@ def test_rollout_of_the_policy():
     wm = world(cfg)
     env, actor = dream(cfg, wm, Judge()), diwa.build_actor(cfg, wm.feature_size)
     critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
-    begin = env.reset()
-    roll, feature = diwa.dream_rollout(cfg, env, begin, actor, critic)
+    reset, begin = env.reset, []
+    env.reset = lambda: begin.append(reset()) or begin[0]
+    roll = diwa.dream_rollout(cfg, env, actor, critic)
     assert roll["feature"].shape == (5, 6, wm.feature_size) and roll["chain"].shape == (5, 6, 11, 4, 7) and roll["logprob"].shape == (5, 6, 10)
-    assert torch.equal(roll["feature"][0], begin) and torch.equal(diwa.feature_of(env.state), feature)
+    assert len(begin) == 1 and torch.equal(roll["feature"][0], begin[0])
     assert roll["truncated"].any(1).tolist() == [False, False, True, False, False]          # horizon 3
     torch.testing.assert_close(roll["value"], critic(roll["feature"])[..., 0])
     going = ~(roll["truncated"] | roll["terminated"])[:-1]
@@ -1096,15 +1106,14 @@ def test_fine_tuning_needs_no_simulator(kind, monkeypatch):
     cfg = tiny(**kind)
     wm = world(cfg)
     env, actor = dream(cfg, wm), diwa.build_actor(cfg, wm.feature_size)
-    critic, scaler = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False), diwa.RewardScaler(cfg.ft_dreams)
-    optimizers, ended, model = optimizers_for(actor, critic), torch.ones(6, dtype=torch.bool), weights(wm)
-    feature = env.reset()
+    critic, scaler = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False), diwa.RewardScaler()
+    optimizers, model = optimizers_for(actor, critic), weights(wm)
     for train_actor in (False, True):
         before = [weights(m) for m in (actor.net, critic, actor.base)]
-        feature, ended, metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, feature, ended, train_actor)
+        metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor)
         after = [weights(m) for m in (actor.net, critic, actor.base)]
         assert [not torch.equal(a, b) for a, b in zip(before, after)] == [train_actor, True, False]
-        assert feature.shape == (6, wm.feature_size) and ended.shape == (6,) and all(v.isfinite() for v in metrics.values())
+        assert all(v.isfinite() for v in metrics.values())
     assert torch.equal(weights(wm), model)                                                  # the world model is frozen
 
 
@@ -1114,13 +1123,13 @@ def test_iteration_bookkeeping(monkeypatch):
     wm = world(cfg)
     env, actor = dream(cfg, wm, Judge()), diwa.build_actor(cfg, wm.feature_size)
     actor.net, actor.base = Perfect(actor, -0.5), Perfect(actor, 0.5)
-    critic, scaler, seen = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False), diwa.RewardScaler(6), {}
+    critic, scaler, seen = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False), diwa.RewardScaler(), {}
     forward, loss = scaler.forward, diwa.ppo_loss
-    monkeypatch.setattr(scaler, "forward", lambda reward, ended, gamma: seen.update(ended=ended, gamma=gamma) or forward(reward, ended, gamma))
+    monkeypatch.setattr(scaler, "forward", lambda reward, over, gamma: seen.update(over=over, gamma=gamma) or forward(reward, over, gamma))
     monkeypatch.setattr(diwa, "ppo_loss", lambda cfg, actor, critic, b: seen.update(b) or loss(cfg, actor, critic, b))
     optimizers = dict(critic=torch.optim.AdamW(critic.parameters()))
-    diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, env.reset(), torch.tensor([True] * 5 + [False]), False)
-    assert seen["ended"].tolist() == [[True] * 5 + [False]] + [[False] * 6] * 2 + [[True] * 6] + [[False] * 6]   # horizon 3, 5 chunks
+    diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, False)
+    assert seen["over"].tolist() == [[False] * 6] * 2 + [[True] * 6] + [[False] * 6] * 2   # horizon 3, 5 chunks
     assert seen["gamma"] == cfg.ft_gamma and len(seen["advantage"]) == 30
     assert seen["advantage"].mean().abs() < 1e-5 and seen["advantage"].std().item() == pytest.approx(1, abs=1e-3)
     assert seen["chain"][:, -1].mean().item() == pytest.approx(-0.5, abs=0.05) and seen["anchor"][:, -1].mean().item() == pytest.approx(0.5, abs=0.05)
@@ -1190,15 +1199,31 @@ def test_fine_tuning_runs_on_any_device(latent, kind):
     cfg = tiny(**{**dict(device="meta", wm_latent=latent, bc_steps=3, ft_steps=2, ft_chunks=2, ft_epochs=1), **kind})
     wm = world(cfg)
     env, actor = dream(cfg, wm), diwa.build_actor(cfg, wm.feature_size)
-    critic, scaler = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False).to("meta"), diwa.RewardScaler(cfg.ft_dreams).to("meta")
-    feature, ended = env.reset(), torch.ones(6, dtype=torch.bool, device="meta")
-    feature, ended, metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers_for(actor, critic), feature, ended, True)
-    assert feature.is_meta and ended.is_meta and all(v.is_meta for v in metrics.values())
+    critic, scaler = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False).to("meta"), diwa.RewardScaler().to("meta")
+    metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers_for(actor, critic), True)
+    feature = env.reset()
+    assert feature.is_meta and all(v.is_meta for v in metrics.values())
     chunk = torch.randn(6, 4, 7, device="meta")
     assert actor.bc_loss(feature, chunk).is_meta and actor.act(feature).is_meta
     if cfg.bc_actor == "diffusion":
         assert actor.act_ddim(feature).is_meta
     diwa.ema_update(actor.base, actor.net, 0.995, 3)
+
+
+def test_cloning_stops_just_after_success(monkeypatch):
+    """What a demonstration holds beyond four frames after its success is neither cloned nor called success."""
+    from types import SimpleNamespace
+    scene = np.zeros((60, 24), np.float32)
+    scene[:, calvin_sim.DRAWER] = np.r_[np.full(20, 0.2), np.zeros(20), np.full(20, 0.2)]   # closes at frame 20; the second never closes
+    made_up = SimpleNamespace(scene=scene, ds=SimpleNamespace(segments=[("close_drawer", 0, 39), ("close_drawer", 40, 59)]))
+
+    def views(wm, recording, starts, length, last):
+        frames = np.minimum(starts[:, None] + np.arange(length), last[:, None])
+        return torch.zeros(*frames.shape, 2), torch.ones(*frames.shape, 2), frames
+    monkeypatch.setattr(diwa, "views", views)
+    feature, first, frame, start = diwa.demonstration_views(tiny(task="close_drawer"), None, made_up)
+    assert set(frame) == {*range(25), *range(40, 60)} and len(feature) == len(first) == len(frame) == len(start)
+    assert all(s <= f and (f < 40) == (s < 40) for s, f in zip(start, frame))
 
 
 def test_classifier_runs_on_any_device():
