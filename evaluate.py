@@ -12,18 +12,17 @@ from runs import in_processes, make_sim, seed_everything, sim_of
 
 
 def evaluation_job(job):
-    """One simulator process: run the agent from the given start seeds, 16 tabletops in lock step.  -> list of episodes, see run_episodes"""
+    """One simulator process: run the agent from each group of start seeds, the tabletops of a group in lock step.  -> list of episodes, see run_episodes"""
     import diwa                                             # here: diwa.py imports this file
-    cfg, policy, seeds, record = diwa.Config(**job["cfg"]), job["policy"], job["seeds"], job["record"]
+    cfg, policy, groups, record = diwa.Config(**job["cfg"]), job["policy"], job["groups"], job["record"]
     torch.set_num_threads(1)
     cfg.device = "cpu"
     wm, actor, classifier = diwa.load_policy(cfg, policy)
     agent, results = diwa.Agent(cfg, wm, actor), []
-    sims = [make_sim(**sim_of(cfg)) for _ in range(min(16 if cfg.sim == "tabletop" else 1, len(seeds)))]       # calvin_env: one a process
-    for a in range(0, len(seeds), len(sims)):
-        group = seeds[a:a + len(sims)]
+    sims = [make_sim(**sim_of(cfg)) for _ in range(max(len(group) for group in groups))]
+    for group in groups:
         seed_everything("evaluate", group[0])
-        results += run_episodes(cfg, agent, classifier, sims[:len(group)], group, record if a == 0 else 0)
+        results += run_episodes(cfg, agent, classifier, sims[:len(group)], group, record if group is groups[0] else 0)
     for sim in sims:
         sim.close()
     return results
@@ -73,10 +72,15 @@ def replay_in_dream(wm, classifier, state, first, actions, chunk):
 
 
 def evaluate(cfg, policies, seeds, record=0):
-    """Every policy ("bc", "tuned" or a snapshot's iteration) in the simulator, from the start states of the seeds -> {policy: episodes}"""
+    """Every policy ("bc", "tuned" or a snapshot's iteration) in the simulator, from the start states of the seeds -> {policy: episodes}
+
+    A group shares its noise, so the groups depend on the seeds alone, never on the number of processes."""
+    size = 10 if cfg.sim == "tabletop" else 1               # in lock step, so that the networks run batched; calvin_env: one a process
+    groups = [[int(s) for s in seeds[a:a + size]] for a in range(0, len(seeds), size)]
     jobs_a_policy = cfg.workers if cfg.sim == "tabletop" else max(cfg.workers, len(seeds) // 10)
-    plain, parts = dataclasses.asdict(cfg), [p for p in np.array_split(seeds, jobs_a_policy) if len(p)]
-    jobs = [dict(cfg=plain, policy=policy, seeds=part, record=record * (i == 0)) for policy in policies for i, part in enumerate(parts)]
+    share = -(-len(groups) // jobs_a_policy)
+    jobs = [dict(cfg=dataclasses.asdict(cfg), policy=policy, groups=groups[a:a + share], record=record * (a == 0))
+            for policy in policies for a in range(0, len(groups), share)]
     results = {policy: [] for policy in policies}
     for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation")):
         results[job["policy"]] += episodes

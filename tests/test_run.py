@@ -232,6 +232,13 @@ def test_online_rival_runs(done):
     assert np.all(env.age == 0)
 
 
+def test_evaluation_does_not_depend_on_the_number_of_processes(done):
+    import numpy as np
+    cfg = diwa.check_config(runs.parse([*TINY, "--runs", str(done), "--eval_steps", "8"], diwa.Config, diwa.PRESETS, "", ""))
+    one, two = (evaluate.evaluate(diwa.dataclasses.replace(cfg, workers=n), ["bc"], 7000 + np.arange(12))["bc"] for n in (1, 2))
+    assert one == two and [episode["seed"] for episode in one] == list(range(7000, 7012))
+
+
 @pytest.fixture(scope="session")
 def recording(done, tmp_path_factory):
     """What a user with a recording of their own has: play in a few long episodes, some spans of which carry a task's name."""
