@@ -517,13 +517,12 @@ class Expert:
     """Follows noisy waypoints by relative actions: act(robot_obs [15], scene_obs [24]) -> action [7].
 
     It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions.
-    `error` (m) displaces the whole attempt: that is a near miss or a miss. `haste` speeds it up.
+    `error` [3] (m) displaces the whole attempt: that is a near miss or a miss. `haste` speeds it up.
     """
 
-    def __init__(self, task_name, rng, error=0.0, haste=1.0):
+    def __init__(self, task_name, rng, error=np.zeros(3), haste=1.0):
         self.skill = SKILLS[task_name][0 if rng.random() < 0.65 else -1]
-        direction = rng.normal(size=3)
-        self.error, self.rng, self.haste = error * direction / np.linalg.norm(direction), rng, haste
+        self.error, self.rng, self.haste = error, rng, haste
         self.queue, self.path, self.noise, self.target = [], None, np.zeros(6), None
         self.plan()
 
@@ -626,6 +625,9 @@ def demo_episode(sim, task_name, seed, max_steps=120):
     return recorder.episode(), last is not None
 
 
+MISS = (0.05, 0.025, 0.02)   # how far a displaced attempt is off, std: across, in depth, in height, m
+
+
 def _next_task(scene, last, rng):
     """What a playing person tries next: often the same thing back again, seldom what cannot work."""
     options, draw = list(TASKS), rng.random()
@@ -644,7 +646,7 @@ def play_episode(sim, seed, length):
     while recorder.length < length:
         before = recorder.obs["scene_obs"]
         name = _next_task(before, name, rng)
-        error = rng.uniform(0.01, 0.06) if rng.random() < 0.33 else 0.0
+        error = rng.normal(0, MISS) if rng.random() < 0.5 else np.zeros(3)
         expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8))
         expert.skip_ahead(recorder.obs["robot_obs"], before)
         patience = int(rng.integers(5, 30)) if rng.random() < 0.08 else 60
