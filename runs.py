@@ -338,6 +338,8 @@ def check_config(cfg):
         raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
     if not 1 <= cfg.ft_steps <= cfg.bc_steps:
         raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), not {cfg.ft_steps}")
+    if cfg.ft_iterations <= cfg.ft_warmup:
+        raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor waits for --ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")
     if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
         raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
     return cfg

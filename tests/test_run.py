@@ -170,6 +170,7 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     (["--stage", "dream"], ["dream", "finetune"]),
     (["--wm_updates", "many"], ["wm_updates", "many"]),
     (["--ft_steps", "21", "--stage", "bc"], ["ft_steps"]),
+    (["--ft_iterations", "1"], ["ft_iterations", "ft_warmup"]),
     (["--stage", "eval", "--task", "turn_on_led"], ["missing", "--stage"]),
 ])
 def test_bad_input_is_one_sentence(done, capsys, flags, words):
