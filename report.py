@@ -152,22 +152,22 @@ def difference(before, after):
     return f"{100 * d['difference']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]", d
 
 
-def success_rows(before, after, dream):
+def success_rows(before, after, dream_before, dream):
     """Lines of the table's own part: success before and after, difference, intervals."""
     text, d = difference(before, after)
     return [f"| before: behaviour cloning | {rate(before)} |", f"| after: fine-tuned in the dream only | {rate(after)} |",
             f"| difference, paired | {text} points, gained {d['gained']}, lost {d['lost']}, McNemar p = {d['p']:.2g} |",
-            f"| what the dream believes of the fine-tuned policy | {percent(dream)} (differs from the simulator by {abs(100 * (dream - np.mean(after))):.0f} points) |"]
+            f"| what the dream believes of the two | {percent(dream_before)} and {percent(dream)} (the latter differs from the simulator by {abs(100 * (dream - np.mean(after))):.0f} points) |"]
 
 
 def table(rows):
     """The README's results table from result rows, one line a run; of several runs also the means, and what they say together."""
-    lines = ["| task | seed | n | cloned | fine-tuned in the dream | difference | dream's opinion | replay share | recorded successes recognised, failures believed | reward: precision, recall "
+    lines = ["| task | seed | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised, failures believed | reward: precision, recall "
              "| DiWA paper: BC, DiWA; WAM | min |", "|" + "---|" * 12]
     for r in sorted(rows, key=lambda r: (list(PAPER).index(r["task"]), r["seed"])):
         bc, diwa, wam = PAPER[r["task"]]
         (hit, missed), (fooled, right) = r.get("trust", [[0, 0], [0, 0]])
-        lines.append(f"| {r['task']} | {r['seed']} | {len(r['before'])} | {rate(r['before'])} | {rate(r['after'])} | {difference(r['before'], r['after'])[0]} | {percent(r['dream'])} | "
+        lines.append(f"| {r['task']} | {r['seed']} | {len(r['before'])} | {rate(r['before'])} | {rate(r['after'])} | {difference(r['before'], r['after'])[0]} | {percent(r['dream_before']) + ', ' if 'dream_before' in r else ''}{percent(r['dream'])} | "
                      f"{r['replay_share'][r['task']]:.2f} | " + (f"{hit} of {hit + missed}, {fooled} of {fooled + right} | " if "trust" in r else "- | ")
                      + ("{:.2f}, {:.2f}".format(*r["classifier"]) if "classifier" in r else "-") + f" | {bc}, {diwa}; {wam} % | {sum(r['minutes'].values()):.0f} |")
     if len(rows) > 1:
@@ -185,10 +185,11 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
     """runs/<name>/report.md.  evaluation: content of eval_<task>.json; judged: the world model's own tables; minutes: {stage: minutes}."""
     before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
     n, paper, simulated = len(before), PAPER[task], settings["sim"] != "none"
+    dream_before = float(np.mean([r["dreamed_success"] for r in evaluation["results"]["bc"]] if simulated else before))
     lines = [f"# {task}: practised in a dream", "",
              f"{n} start states, the same before and after; at most {settings['eval_steps']} steps; CALVIN's task rule; 95 % intervals. Seed {settings['seed']}, preset {settings['preset']}.",
              "", f"| success in the {'simulator' if simulated else 'dream (no simulator was given)'} | this run |", "|---|---|",
-             *success_rows(before, after, evaluation["dream_success"])[:4 if simulated else 3],
+             *success_rows(before, after, dream_before, evaluation["dream_success"])[:4 if simulated else 3],
              f"| the paper's row, real CALVIN (BC, DiWA, WAM) | {paper[0]}, {paper[1]}, {paper[2]} % |", "",
              f"No simulator step was used between the recorded data and the fine-tuned policy. Reward labels: {settings['reward_labels']}.", "",
              f"![learning curve](curves_{task}.png)", "", f"![dream](dream_{task}.gif)" + (f" ![before](rollout_before_{task}.gif) ![after](rollout_after_{task}.gif)" if simulated else "")]
@@ -223,7 +224,7 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
     lines += ["", "## Minutes", "", "| " + " | ".join(minutes) + " | all |", "|" + "---|" * (len(minutes) + 1),
               "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |", "",
               "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
-    row = dict(task=task, seed=settings["seed"], preset=settings["preset"], before=[int(x) for x in before], after=[int(x) for x in after], dream=evaluation["dream_success"],
+    row = dict(task=task, seed=settings["seed"], preset=settings["preset"], before=[int(x) for x in before], after=[int(x) for x in after], dream_before=dream_before, dream=evaluation["dream_success"],
                curve=evaluation["curve"], replay_share=judged["replay_share"], labels=settings["reward_labels"], minutes=minutes, versions=versions, trust=judged["trust"])
     if simulated:
         row["classifier"] = precision_recall(*([v for r in evaluation["results"]["tuned"] for v in r[key]] for key in ("real", "truth")))
