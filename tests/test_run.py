@@ -233,11 +233,12 @@ def test_online_rival_runs(done):
     assert np.all(env.age == 0)
 
 
-def test_evaluation_does_not_depend_on_the_number_of_processes(done):
-    import numpy as np
-    cfg = diwa.check_config(runs.parse([*TINY, "--runs", str(done), "--eval_steps", "8"], diwa.Config, diwa.PRESETS, "", ""))
-    one, two = (evaluate.evaluate(diwa.dataclasses.replace(cfg, workers=n), ["bc"], 7000 + np.arange(12))["bc"] for n in (1, 2))
-    assert one == two and [episode["seed"] for episode in one] == list(range(7000, 7012))
+def test_evaluation_does_not_depend_on_the_number_of_processes(monkeypatch):
+    """A group shares its noise: whoever runs it, the groups are the same."""
+    monkeypatch.setattr(evaluate, "in_processes", lambda cfg, function, jobs, name: ([dict(group=group) for group in job["groups"]] for job in jobs))
+    results = [evaluate.evaluate(diwa.Config(workers=n), ["bc", "tuned"], range(7000, 7042)) for n in (1, 2, 3, 9)]
+    assert all(r == results[0] for r in results)
+    assert [seed for r in results[0]["tuned"] for seed in r["group"]] == list(range(7000, 7042))
 
 
 @pytest.fixture(scope="session")
