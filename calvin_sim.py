@@ -224,12 +224,14 @@ def hulls_obj(clouds, corners=14):
         points = np.unique(points[(points @ directions).argmax(0)], axis=0) if len(points) > corners else points
         points = points + 1e-6 * np.sin(np.arange(points.size)).reshape(-1, 3)      # no four in a plane: no face twice
         text += "".join("v {:.7f} {:.7f} {:.7f}\n".format(*v) for v in points)
-        for i, j, k in itertools.permutations(range(len(points)), 3):      # a face is a triple with no point above it
-            normal = np.cross(points[j] - points[i], points[k] - points[i])
-            if i < min(j, k) and ((points - points[i]) @ normal).max() < 1e-12:
-                faces += 1
-                text += "vn {:.9g} {:.9g} {:.9g}\nf ".format(*unit_normal(normal))
-                text += " ".join(f"{v + count}//{faces}" for v in (i, j, k)) + "\n"
+        triples = np.array([t for t in itertools.permutations(range(len(points)), 3) if t[0] == min(t)])
+        a, b, c = points[triples].transpose(1, 0, 2)                       # [N, 3] each
+        normals = np.cross(b - a, c - a)
+        above = ((points - a[:, None]) * normals[:, None]).sum(-1).max(1)  # a face is a triple with no point above it
+        for triple, normal in zip(triples[above < 1e-12], normals[above < 1e-12]):
+            faces += 1
+            text += "vn {:.9g} {:.9g} {:.9g}\nf ".format(*unit_normal(normal))
+            text += " ".join(f"{v + count}//{faces}" for v in triple) + "\n"
         count += len(points)
     return text
 
