@@ -160,6 +160,11 @@ def success_rows(before, after, dream_before, dream):
             f"| what the dream believes of the two | {percent(dream_before)} and {percent(dream)} (the latter differs from the simulator by {abs(100 * (dream - np.mean(after))):.0f} points) |"]
 
 
+def opinion(rows):
+    """What the dream predicts for the cloned policy (older rows do not know it) and for the tuned one, mean over the rows."""
+    return ", ".join(percent(np.mean([r[key] for r in rows])) for key in ("dream_before", "dream") if all(key in r for r in rows))
+
+
 def table(rows):
     """The README's results table from result rows, one line a run; of several runs also the means, and what they say together."""
     lines = ["| task | seed | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised, failures believed | reward: precision, recall "
@@ -167,7 +172,7 @@ def table(rows):
     for r in sorted(rows, key=lambda r: (list(PAPER).index(r["task"]), r["seed"])):
         bc, diwa, wam = PAPER[r["task"]]
         (hit, missed), (fooled, right) = r.get("trust", [[0, 0], [0, 0]])
-        lines.append(f"| {r['task']} | {r['seed']} | {len(r['before'])} | {rate(r['before'])} | {rate(r['after'])} | {difference(r['before'], r['after'])[0]} | {percent(r['dream_before']) + ', ' if 'dream_before' in r else ''}{percent(r['dream'])} | "
+        lines.append(f"| {r['task']} | {r['seed']} | {len(r['before'])} | {rate(r['before'])} | {rate(r['after'])} | {difference(r['before'], r['after'])[0]} | {opinion([r])} | "
                      f"{r['replay_share'][r['task']]:.2f} | " + (f"{hit} of {hit + missed}, {fooled} of {fooled + right} | " if "trust" in r else "- | ")
                      + ("{:.2f}, {:.2f}".format(*r["classifier"]) if "classifier" in r else "-") + f" | {bc}, {diwa}; {wam} % | {sum(r['minutes'].values()):.0f} |")
     if len(rows) > 1:
@@ -175,7 +180,7 @@ def table(rows):
         pooled = difference(*(np.concatenate([r[key] for r in rows]) for key in ("before", "after")))[0]
         share = np.mean([np.mean(list(r["replay_share"].values())) for r in rows])
         price = np.mean([max(r["curve"].values()) - list(r["curve"].values())[-1] for r in rows if r["curve"]])
-        lines += [f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} | {pooled} | {percent(dream.mean())} | {share:.2f} (all eight) | | | | |", "",
+        lines += [f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} | {pooled} | {opinion(rows)} | {share:.2f} (all eight) | | | | |", "",
                   f"Fine-tuning removed {percent((after.mean() - before.mean()) / (1 - before.mean()))} of what cloning fails (paper: DiWA 64 %, WAM about 80 %); dream and simulator differ by "
                   f"{100 * np.abs(dream - after).mean():.0f} points on average; the best checkpoint in hindsight would be {100 * price:.0f} points better than the last, on the learning curve's starts."]
     return lines
