@@ -121,12 +121,12 @@ class Config:
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
     reward_play: float = 0.5        # weight of a play pair in the cross-entropy
     # ft: PPO in the dream, sections 5 and 6
-    ft_iterations: int = 10         # rollout + update (paper: about 770)
+    ft_iterations: int = 18         # rollout + update (paper: about 770)
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
-    ft_starts: float = 0.3          # dreams start in the first part of a demonstration (0 = first frames only) ...
-    ft_play: float = 0.03           # ... and on this share of play's frames, those that look most like it (0 = none)
+    ft_starts: float = 0.75         # dreams start in this first part of a demonstration, up to success or so (0 = first frames only) ...
+    ft_play: float = 0.06           # ... and on this share of play's frames, those that look most like it: near misses are among them (0 = none)
     ft_shift: float = 0.006         # each dream misplaces the arm by so much (m, std; unseen): what succeeds by a hair does not pay (paper: 0)
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
@@ -142,7 +142,8 @@ class Config:
     ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
     ft_value: float = 0.5           # weight of the value loss (paper: .5)
     ft_bc: float = 0.05             # alpha_BC, pull towards the frozen policy's chains (paper: .05)
-    ft_snapshot: int = 5            # keep the weights every so many iterations, for the learning curve
+    ft_snapshot: int = 3            # keep the weights every so many iterations, for the learning curve and for choosing ...
+    ft_margin: float = 0.01         # ... the earliest ones whose dreams succeed as often as the best ones', give or take so much: the rest exploits the model
     # eval
     eval_episodes: int = 100        # paired start states, before and after (paper: 29-48)
     eval_curve: int = 40            # start states, others, for the learning curve
@@ -1084,7 +1085,8 @@ def stage_finetune(cfg):
 def dream_starts(cfg, wm):
     """Recorded frames to dream from: the first part of each demonstration, and the play frames that look most like one.
 
-    The policy was cloned on those very demonstrations and hardly fails there; play shows the same situations anew.  Likeness is a ridge
+    The policy was cloned on those very demonstrations and hardly fails there; play shows the same situations anew, and also what demonstrations
+    never show: an arm that has just missed.  A dream glosses over a miss, but not when it starts after one.  Likeness is a ridge
     regression on embeddings, demonstration against play: no label, no scene state.  -> embedding [M, E], command [M, 7], target [M, 6]"""
     demos, play = Recording(cfg, load(cfg, "demos"), wm), Recording(cfg, load(cfg, "play"), wm)
     begin = np.concatenate([np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments])
@@ -1118,8 +1120,19 @@ def finetune(cfg, env, actor):
 
     partial = train(cfg, "finetune", cfg.ft_iterations, dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots,
                     actor_optimizer=optimizers["actor"], critic_optimizer=optimizers["critic"]), update, every=1)
-    save(output(cfg, "finetune"), dict(stamp=stamp(cfg, "finetune"), actor=actor.state_dict(), snapshots=dict(snapshots)))
+    chosen = choose(dict(zip(*read_log(cfg, "finetune", "dream_success"))), sorted(map(int, snapshots)), cfg.ft_margin)
+    actor.net.load_state_dict(snapshots[str(chosen)])
+    print(f"  the policy after iteration {chosen} is the one to keep")
+    save(output(cfg, "finetune"), dict(stamp=stamp(cfg, "finetune"), actor=actor.state_dict(), snapshots=dict(snapshots), chosen=chosen))
     partial.unlink(missing_ok=True)
+
+def choose(dreamed, kept, margin):
+    """Which of the iterations `kept` to return: the earliest whose dreams succeed within `margin` of the best.  dreamed: {iteration: share of its dreams}
+
+    Once dreams hardly fail, PPO goes on to cut corners, where the model is wrong.  A snapshot is judged by the iterations since the one before it, whose
+    dreams trained it: no simulator, and no dream, is spent on choosing."""
+    score = {k: np.mean([share for i, share in dreamed.items() if before < i <= k]) for before, k in zip([0, *kept], kept)}
+    return min(k for k in kept if score[k] >= max(score.values()) - margin)
 
 def load_policy(cfg, policy):
     """World model, actor and classifier; policy: "bc", "tuned" or the iteration of a snapshot."""
@@ -1137,16 +1150,17 @@ def load_policy(cfg, policy):
 
 def stage_eval(cfg):
     """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
+    tuned = load(cfg, "finetune")
     if cfg.sim == "none":
-        content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg))
+        content = dict(stamp=stamp(cfg, "eval"), chosen=tuned["chosen"], **dream_evaluation(cfg))
         return write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
     base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(TASKS).index(cfg.task)
     results = evaluate(cfg, ("bc", "tuned"), base + np.arange(cfg.eval_episodes), record=2)
     for policy, name in (("bc", "before"), ("tuned", "after")):
         report.gif(output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif"), [f for r in results[policy] for f in r.pop("frames")])
-    others = evaluate(cfg, ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)], base + 5000 + np.arange(cfg.eval_curve))
+    others = evaluate(cfg, ["bc", *sorted(tuned["snapshots"], key=int)], base + 5000 + np.arange(cfg.eval_curve))
     curve = {"0" if policy == "bc" else policy: float(np.mean([r["success"] for r in episodes])) for policy, episodes in others.items()}
-    content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
+    content = dict(stamp=stamp(cfg, "eval"), chosen=tuned["chosen"], results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
     write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
 
 def dream_evaluation(cfg):
@@ -1167,8 +1181,7 @@ def dream_evaluation(cfg):
 def stage_report(cfg):
     """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
     folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
-    before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
-    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation["curve"], cfg.eval_curve, before, after, load(cfg, "reward")["trust"])
+    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation, cfg.eval_curve, load(cfg, "reward")["trust"])
     wm, _, classifier = load_policy(cfg, "bc")
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
     a, b = next((a, b) for t, a, b in replay.ds.segments if t == cfg.task)
