@@ -18,7 +18,8 @@ Symbols: B batch (dreams), T time steps, H chunk length, A = 7 action numbers, K
 One action = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad a unit), gripper (-1 close, +1 open), 30 a second.
 
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line):
-    - dreams start from *recorded* frames; the official code resets the simulator for each first frame;
+    - dreams start from *recorded* frames, also from the middle of attempts; the official code resets the simulator for each first frame;
+    - the policy that is returned is chosen by the success of its dreams: practice beyond that exploits the world model;
     - the transition is told the commanded pose c, because CALVIN's arm follows a target that accumulates the actions, and sines of it;
     - each dream misplaces the arm by a few millimetres, about as much as a dream can be trusted, and its success must last for two frames;
     - the preset `cpu` learns on linear codes of the frames and Gaussian latents; `gpu` and `paper` use convolutions and categoricals;
