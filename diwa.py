@@ -1111,17 +1111,18 @@ def finetune(cfg, env, actor):
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
     scaler = RewardScaler().to(cfg.device)
     optimizers = dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr), critic=torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr))
-    snapshots = Snapshots()
+    snapshots, dreamed = Snapshots(), Snapshots()
 
     def update(i, rng):
         metrics = ppo_iteration(cfg, env, actor, critic, scaler, optimizers, i >= cfg.ft_warmup)
+        dreamed[str(i + 1)] = metrics["dream_success"]
         if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == cfg.ft_iterations:
             snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
         return metrics
 
-    partial = train(cfg, "finetune", cfg.ft_iterations, dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots,
+    partial = train(cfg, "finetune", cfg.ft_iterations, dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots, dreamed=dreamed,
                     actor_optimizer=optimizers["actor"], critic_optimizer=optimizers["critic"]), update, every=1)
-    chosen = choose(dict(zip(*read_log(cfg, "finetune", "dream_success"))), sorted(map(int, snapshots)), cfg.ft_margin)
+    chosen = choose({int(i): share.item() for i, share in dreamed.items()}, sorted(map(int, snapshots)), cfg.ft_margin)
     actor.net.load_state_dict(snapshots[str(chosen)])
     print(f"  the policy after iteration {chosen} is the one to keep")
     save(output(cfg, "finetune"), dict(stamp=stamp(cfg, "finetune"), actor=actor.state_dict(), snapshots=dict(snapshots), chosen=chosen))
@@ -1151,17 +1152,16 @@ def load_policy(cfg, policy):
 
 def stage_eval(cfg):
     """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
-    tuned = load(cfg, "finetune")
     if cfg.sim == "none":
-        content = dict(stamp=stamp(cfg, "eval"), chosen=tuned["chosen"], **dream_evaluation(cfg))
+        content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg))
         return write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
     base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(TASKS).index(cfg.task)
     results = evaluate(cfg, ("bc", "tuned"), base + np.arange(cfg.eval_episodes), record=2)
     for policy, name in (("bc", "before"), ("tuned", "after")):
         report.gif(output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif"), [f for r in results[policy] for f in r.pop("frames")])
-    others = evaluate(cfg, ["bc", *sorted(tuned["snapshots"], key=int)], base + 5000 + np.arange(cfg.eval_curve))
+    others = evaluate(cfg, ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)], base + 5000 + np.arange(cfg.eval_curve))
     curve = {"0" if policy == "bc" else policy: float(np.mean([r["success"] for r in episodes])) for policy, episodes in others.items()}
-    content = dict(stamp=stamp(cfg, "eval"), chosen=tuned["chosen"], results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
+    content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
     write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
 
 def dream_evaluation(cfg):
@@ -1181,7 +1181,7 @@ def dream_evaluation(cfg):
 @torch.no_grad()
 def stage_report(cfg):
     """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
-    folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
+    folder, evaluation = output(cfg, "eval").parent, dict(load(cfg, "eval"), chosen=load(cfg, "finetune")["chosen"])
     report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation, cfg.eval_curve, load(cfg, "reward")["trust"])
     wm, _, classifier = load_policy(cfg, "bc")
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)

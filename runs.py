@@ -193,7 +193,7 @@ def train(cfg, stage, total, state, update, every=20):
 
 
 class Snapshots(dict):
-    """{iteration: weights}, saved and resumed with the rest of a training state."""
+    """{iteration: weights, or a number}, saved and resumed with the rest of a training state."""
 
     def state_dict(self):
         return dict(self)
