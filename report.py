@@ -166,15 +166,20 @@ def opinion(rows):
 
 
 def table(rows):
-    """The README's results table from result rows, one line a run; of several runs also the means, and what they say together."""
-    lines = ["| task | seed | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised, failures believed | reward: precision, recall "
+    """The README's results table from result rows, one line a task, its seeds pooled and each one's success in brackets; of several rows also what they say together."""
+    lines = ["| task | seeds | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised, failures believed | reward: precision, recall "
              "| DiWA paper: BC, DiWA; WAM | min |", "|" + "---|" * 12]
-    for r in sorted(rows, key=lambda r: (list(PAPER).index(r["task"]), r["seed"])):
-        bc, diwa, wam = PAPER[r["task"]]
-        (hit, missed), (fooled, right) = r.get("trust", [[0, 0], [0, 0]])
-        lines.append(f"| {r['task']} | {r['seed']} | {len(r['before'])} | {rate(r['before'])} | {rate(r['after'])} | {difference(r['before'], r['after'])[0]} | {opinion([r])} | "
-                     f"{r['replay_share'][r['task']]:.2f} | " + (f"{hit} of {hit + missed}, {fooled} of {fooled + right} | " if "trust" in r else "- | ")
-                     + ("{:.2f}, {:.2f}".format(*r["classifier"]) if "classifier" in r else "-") + f" | {bc}, {diwa}; {wam} % | {sum(r['minutes'].values()):.0f} |")
+    for task, (bc, diwa, wam) in PAPER.items():
+        group = sorted((r for r in rows if r["task"] == task), key=lambda r: r["seed"])
+        if not group:
+            continue
+        pooled = {key: np.concatenate([r[key] for r in group]) for key in ("before", "after")}
+        each = {key: " (" + ", ".join(f"{100 * np.mean(r[key]):.0f}" for r in group) + ")" if len(group) > 1 else "" for key in pooled}
+        (hit, missed), (fooled, right) = np.sum([r.get("trust", [[0, 0], [0, 0]]) for r in group], 0)
+        lines.append(f"| {task} | {', '.join(str(r['seed']) for r in group)} | {len(pooled['before'])} | {rate(pooled['before'])}{each['before']} | {rate(pooled['after'])}{each['after']} | {difference(**pooled)[0]} | {opinion(group)} | "
+                     f"{np.mean([r['replay_share'][task] for r in group]):.2f} | " + (f"{hit} of {hit + missed}, {fooled} of {fooled + right} | " if hit + missed else "- | ")
+                     + ("{:.2f}, {:.2f}".format(*np.mean([r["classifier"] for r in group], 0)) if "classifier" in group[0] else "-")
+                     + f" | {bc}, {diwa}; {wam} % | {np.mean([sum(r['minutes'].values()) for r in group]):.0f} |")
     if len(rows) > 1:
         before, after, dream = (np.array([np.mean(r[key]) for r in rows]) for key in ("before", "after", "dream"))
         pooled = difference(*(np.concatenate([r[key] for r in rows]) for key in ("before", "after")))[0]

@@ -78,9 +78,21 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     assert missed == right == 0 and hit == 3 and fooled == 0, "2 windows of 19 frames and the demonstration"
 
 
-@pytest.mark.parametrize("folder", ["results", "results/predicate", "results/calvin"])
-def test_the_readme_shows_what_the_rows_say(folder):
-    """The results tables in the README are what report.py prints from the committed rows."""
+@pytest.mark.parametrize("folder, page", [("results", "README.md"), ("results/calvin", "README.md"), ("results/predicate", "EXPERIMENTS.md")])
+def test_the_pages_show_what_the_rows_say(folder, page):
+    """The results tables in the README and in EXPERIMENTS.md are what report.py prints from the committed rows."""
     rows = [json.loads(p.read_text()) for p in sorted((ROOT / "assets" / folder).glob("*.json"))]
-    readme = (ROOT / "README.md").read_text()
-    assert rows and all(line in readme for line in report.table(rows))
+    text = (ROOT / page).read_text()
+    assert rows and all(line in text for line in report.table(rows))
+
+
+def test_seeds_of_a_task_are_pooled():
+    """Two seeds become one line with all their episodes and each seed's own success; their order does not matter."""
+    row = dict(task="turn_on_led", before=[0, 0, 0, 1], after=[1, 1, 1, 1], dream_before=0.5, dream=1.0, curve={}, replay_share={"turn_on_led": 0.8}, trust=[[3, 1], [0, 6]],
+               classifier=[1.0, 0.5], minutes={"wm": 20})
+    other = dict(row, seed=1, before=[1, 1, 0, 1], after=[1, 1, 0, 1], replay_share={"turn_on_led": 0.6}, trust=[[1, 1], [2, 6]], minutes={"wm": 30})
+    line = report.table([other, dict(row, seed=0)])[2]
+    assert line == report.table([dict(row, seed=0), other])[2]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:3] == ["turn_on_led", "0, 1", "8"] and cells[3].startswith("50 % [") and cells[3].endswith("(25, 75)") and cells[4].endswith("(100, 75)") and cells[5].startswith("+38")
+    assert cells[7] == "0.70" and cells[8] == "4 of 6, 2 of 14" and cells[11] == "25"
