@@ -184,10 +184,10 @@ def table(rows):
         before, after, dream = (np.array([np.mean(r[key]) for r in rows]) for key in ("before", "after", "dream"))
         pooled = difference(*(np.concatenate([r[key] for r in rows]) for key in ("before", "after")))[0]
         share = np.mean([np.mean(list(r["replay_share"].values())) for r in rows])
-        prices = [max(r["curve"].values()) - r["curve"][str(r.get("chosen", list(r["curve"])[-1]))] for r in rows if r["curve"]]
+        prices = [max(r["curve"].values()) - list(r["curve"].values())[-1] for r in rows if r["curve"]]
         lines += [f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} | {pooled} | {opinion(rows)} | {share:.2f} (all eight) | | | | |", "",
                   f"Fine-tuning removed {percent((after.mean() - before.mean()) / (1 - before.mean()))} of what cloning fails (paper: DiWA 64 %, WAM about 80 %); dream and simulator differ by {100 * np.abs(dream - after).mean():.0f} points on average"
-                  + (f"; the best checkpoint in hindsight would be {100 * np.mean(prices):.0f} points better than the one chosen, on the learning curve's starts." if prices else ".")]
+                  + (f"; the best checkpoint in hindsight would be {100 * np.mean(prices):.0f} points better than the last one, on the learning curve's starts." if prices else ".")]
     return lines
 
 
@@ -235,7 +235,7 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
               "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |", "",
               "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
     row = dict(task=task, seed=settings["seed"], preset=settings["preset"], before=[int(x) for x in before], after=[int(x) for x in after], dream_before=dream_before, dream=evaluation["dream_success"],
-               curve=evaluation["curve"], chosen=evaluation["chosen"], replay_share=judged["replay_share"], labels=settings["reward_labels"], minutes=minutes, versions=versions, trust=judged["trust"])
+               curve=evaluation["curve"], replay_share=judged["replay_share"], labels=settings["reward_labels"], minutes=minutes, versions=versions, trust=judged["trust"])
     if simulated:
         row["classifier"] = precision_recall(*([v for r in evaluation["results"]["tuned"] for v in r[key]] for key in ("real", "truth")))
     (folder / f"result_{task}.json").write_text(json.dumps(row, indent=1))
@@ -256,7 +256,6 @@ def curves(path, task, dream_log, evaluation, n_curve, trust):
     low, high = np.array([wilson(r * n_curve, n_curve) for r in rates]).reshape(-1, 2).T
     if curve:                                               # without a simulator there is none
         axis.errorbar(steps, rates, [np.maximum(rates - low, 0), np.maximum(high - rates, 0)], color="tab:orange", marker="o", capsize=3, label=f"simulator ({n_curve} other starts)")
-    axis.axvline(evaluation["chosen"], color="tab:blue", ls=":", label="chosen, by its dreams alone")
     axis.axhline(np.mean(before), color="gray", ls=":", label=f"cloned, {len(before)} test starts: {percent(np.mean(before))}")
     axis.axhline(np.mean(after), color="black", ls="--", label=f"fine-tuned, same starts: {percent(np.mean(after))}")
     (hit, missed), (fooled, right) = trust

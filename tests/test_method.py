@@ -1045,16 +1045,6 @@ class Judge:
         return self.verdict
 
 
-@pytest.mark.parametrize("dreamed, margin, chosen", [
-    ([.5, .5, .7, .8, .9, .9], 0.01, 6),                    # still rising: the last
-    ([.5, .5, .9, .9, .895, .90], 0.01, 4),                 # flat: the first of the best
-    ([.5, .5, .9, .9, .895, .90], 0.0, 4), ([.5, .5, .8, .8, .82, .82], 0.0, 6), ([.5, .5, .8, .8, .82, .82], 0.05, 4),
-    ([.9, .9, .3, .3, .2, .2], 0.01, 2)])                   # practice did harm
-def test_the_policy_is_chosen_by_its_dreams(dreamed, margin, chosen):
-    """Snapshots every second iteration, each judged by its own two iterations."""
-    assert diwa.choose(dict(enumerate(dreamed, 1)), [2, 4, 6], margin) == chosen
-
-
 def test_env_flags_and_restarts():
     """Success ends a dream, the horizon cuts it, success at the horizon counts as success; an ended dream restarts, the others go on."""
     cfg, judge = tiny(), Judge()
