@@ -78,7 +78,7 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     assert missed == right == 0 and hit == 3 and fooled == 0, "2 windows of 19 frames and the demonstration"
 
 
-@pytest.mark.parametrize("folder, page", [("results", "README.md"), ("results/calvin", "README.md"), ("results/predicate", "EXPERIMENTS.md")])
+@pytest.mark.parametrize("folder, page", [("results", "README.md"), ("results/calvin", "README.md"), ("results/predicate", "EXPERIMENTS.md"), ("results/demos10", "EXPERIMENTS.md")])
 def test_the_pages_show_what_the_rows_say(folder, page):
     """The results tables in the README and in EXPERIMENTS.md are what report.py prints from the committed rows."""
     rows = [json.loads(p.read_text()) for p in sorted((ROOT / "assets" / folder).glob("*.json"))]
