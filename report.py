@@ -169,8 +169,9 @@ def table(rows):
     """The README's results table from result rows, one line a task, its seeds pooled and each one's success in brackets; of several rows also what they say together."""
     lines = ["| task | seeds | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised, failures believed | reward: precision, recall "
              "| DiWA paper: BC, DiWA; WAM | min |", "|" + "---|" * 12]
+    rows = sorted(rows, key=lambda r: (list(PAPER).index(r["task"]), r["seed"]))
     for task, (bc, diwa, wam) in PAPER.items():
-        group = sorted((r for r in rows if r["task"] == task), key=lambda r: r["seed"])
+        group = [r for r in rows if r["task"] == task]
         if not group:
             continue
         pooled = {key: np.concatenate([r[key] for r in group]) for key in ("before", "after")}
