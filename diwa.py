@@ -48,8 +48,8 @@ from calvin_sim import TASKS, advance_target
 from data import Dataset, InputError, action_chunks, window_starts, write_atomic
 from evaluate import evaluate
 from recording import Recording, decode_pose, encode_command, encode_proprio
-from runs import (STAGES, Log, Snapshots, check_config, load, output, pack_recorded, parse, read_log, record, save, seed_everything, stamp, stamp_of, train,
-                  use_given_demos, use_given_play, versions)
+from runs import (STAGES, Log, Snapshots, check_config, load, output, pack_recorded, parse, read_log, record, restore, save, seed_everything, stamp, stamp_of,
+                  train, use_given_demos, use_given_play, versions)
 
 # ======================================================================================================================
 # 1  Config.  Every number of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -973,7 +973,9 @@ def stage_wm(cfg):
     dataset = load(cfg, "play")
     seed_everything(cfg.seed, "wm", "init")
     wm = WorldModel(cfg).to(cfg.device)
-    if wm.codec:
+    optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
+    state = dict(model=wm, optimizer=optimizer)
+    if wm.codec and not restore(cfg, "wm", state):          # a second fit may turn the signs of components round (other threads, other sums)
         pick = np.sort(np.random.default_rng(cfg.seed).choice(len(dataset), min(5000, len(dataset)), replace=False))
         for name in ("static", "gripper"):
             wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"][pick]).to(cfg.device))
@@ -982,7 +984,6 @@ def stage_wm(cfg):
     episodes, judging = dataset.split(0.1)
     starts, length = window_starts(episodes, cfg.wm_length), min(73, cfg.play_episode - 1)
     window_starts(episodes, length), window_starts(judging, length)           # too short to be judged? Then say so before the training
-    optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
 
     def update(i, rng):
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
@@ -994,7 +995,7 @@ def stage_wm(cfg):
         optimizer.step()
         return metrics
 
-    partial = train(cfg, "wm", cfg.wm_updates, dict(model=wm, optimizer=optimizer), update)
+    partial = train(cfg, "wm", cfg.wm_updates, state, update)
     wm.eval().requires_grad_(False)
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
     judged = report.judge_world_model(recording, replay, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))

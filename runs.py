@@ -158,21 +158,31 @@ def seed_everything(*words):
     return np.random.default_rng(number)
 
 
+def partial_path(cfg, stage):
+    path = output(cfg, stage)
+    return path.with_name(path.stem + ".partial.pt")
+
+
+def restore(cfg, stage, state):
+    """Put what a killed run had saved back into state, as train() takes it.  -> the number of updates that it had done, 0 if there is nothing"""
+    partial = partial_path(cfg, stage)
+    content = load_file(partial, cfg.device) if partial.exists() else dict(stamp=None)
+    if content["stamp"] != stamp(cfg, stage):
+        return 0
+    for name, thing in state.items():
+        thing.load_state_dict(content["state"][name])
+    return content["done"]
+
+
 def train(cfg, stage, total, state, update, every=20):
     """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.  -> path of the partial checkpoint, to be deleted
 
     state: {name: object with state_dict}, saved every SAVE_EVERY seconds and restored when the program was killed.  Update i draws its random numbers from
     (seed, stage, task, i), so a resumed run ends as if nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
-    path, key = output(cfg, stage), (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
-    partial = path.with_name(path.stem + ".partial.pt")
-    done, saved, pending = 0, time.time(), []
-    if partial.exists():
-        content = load_file(partial, cfg.device)
-        if content["stamp"] == stamp(cfg, stage):
-            done = content["done"]
-            for name, thing in state.items():
-                thing.load_state_dict(content["state"][name])
-            print(f"  {stage} resumes at {done:,} of {total:,}")
+    partial, key = partial_path(cfg, stage), (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
+    saved, pending = time.time(), []
+    if done := restore(cfg, stage, state):
+        print(f"  {stage} resumes at {done:,} of {total:,}")
     log, progress = Log(cfg, stage, done), Progress(stage, total, done)
     for i in range(done, total):
         pending.append(update(i, seed_everything(*key, i)))
