@@ -7,19 +7,20 @@
 
 Read it top to bottom; each section is one idea (what every program needs and no paper mentions is in runs.py, recording.py, evaluate.py and report.py):
 
-    1 Config          every number, once                       5 Dream     a world model is an environment
+    1 Config          every setting, once                      5 Dream     a world model is an environment
     2 World model     pixels + actions -> imagined futures     6 PPO       credit for every denoising step
     3 Actor           a policy that denoises action chunks     7 Agent     what a robot would run
     4 Reward          a classifier that recognises success     8 Stages    the pipeline, one function each
 
 Symbols: B batch (dreams), T time steps, H chunk length, A = 7 action numbers, K denoising steps (K' of them fine-tuned),
-    h deterministic and z stochastic latent, c commanded pose, F = size of the feature [h, z, c].
+    h deterministic and z stochastic latent, F = size of the feature [h, z, c].  W windows, P moments, M recorded frames, E size of an embedding.
+    target: the pose that the arm has been told to reach, in m and rad; command c: the same in a network's units, and the gripper.
 
 One action = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad a unit), gripper (-1 close, +1 open), 30 a second.
 
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line):
     - dreams start from *recorded* frames, also from the middle of attempts; the official code resets the simulator for each first frame;
-    - practice ends early: once dreams hardly fail, more of it exploits the world model;
+    - practice is short, a fixed number of iterations: once dreams hardly fail, more of it exploits the world model;
     - the transition is told the commanded pose c, because CALVIN's arm follows a target that accumulates the actions, and sines of it;
     - each dream misplaces the arm by a few millimetres, about as much as a dream can be trusted, and its success must last for two frames;
     - the preset `cpu` learns on linear codes of the frames and Gaussian latents; `gpu` and `paper` use convolutions and categoricals;
@@ -52,7 +53,7 @@ from runs import (STAGES, Log, Snapshots, check_config, load, output, pack_recor
                   train, use_given_demos, use_given_play, versions)
 
 # ======================================================================================================================
-# 1  Config.  Every number of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
+# 1  Config.  Every setting of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
 #    when one of its own fields, or one of the stages it reads from, has changed.  Presets are differences to the defaults.
 # ======================================================================================================================
 
@@ -96,7 +97,7 @@ class Config:
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3)
     wm_balance: float = 0.8         # share of the KL that trains the prior (paper: 0.8)
-    wm_free: float = 0.0            # free nats an element, DreamerV3 (paper: 0)
+    wm_free: float = 0.0            # free nats a frame, DreamerV3 (paper: 0)
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
     wm_context: int = 5             # open loop starts after 1..wm_context frames
@@ -122,12 +123,12 @@ class Config:
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
     reward_play: float = 0.5        # weight of a play pair in the cross-entropy
     # ft: PPO in the dream, sections 5 and 6
-    ft_iterations: int = 12         # rollout + update; more of them find the holes of the dream (paper: about 770, ten times more careful)
+    ft_iterations: int = 12         # rollout + update; more of them find the holes of the dream (paper: about 770, at a tenth of the learning rate)
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
     ft_starts: float = 0.75         # dreams start in this first part of a demonstration, up to success or so (0 = first frames only) ...
-    ft_play: float = 0.06           # ... and on this share of play's frames, those that look most like it: near misses are among them (0 = none)
+    ft_play: float = 0.06           # ... and on this share of play's frames, those that look most like it, misses among them: three of four dreams (0 = none)
     ft_shift: float = 0.006         # each dream misplaces the arm by so much (m, std; unseen): what succeeds by a hair does not pay (paper: 0)
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
@@ -341,7 +342,7 @@ class WorldModel(nn.Module):
         self.post_out = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU(), nn.Linear(cfg.wm_hidden, stats_size(cfg)))
         self.decoder = ConvDecoder(cfg, self.feature_size) if self.conv else mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
         self.pose_head = mlp([self.feature_size, e, 15])
-        self.register_buffer("lead", torch.ones(()))        # see Recording: does the target remember what the arm has not reached yet?
+        self.register_buffer("lead", torch.ones(()))        # 1 or 0: does the target remember what the arm has not reached yet?  See Recording
 
     def embed(self, obs):
         """obs: proprio [..., 15] and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E + 15]."""
@@ -550,11 +551,10 @@ class DiffusionActor(nn.Module):
 
     def __init__(self, cfg, feature_size):
         super().__init__()
-        self.cfg, self.K, self.tuned = cfg, cfg.bc_steps, cfg.ft_steps
+        self.cfg, self.K, self.links = cfg, cfg.bc_steps, cfg.ft_steps                                 # links: the K' Gaussian steps of a chain
         build = MLPDenoiser if cfg.bc_net == "mlp" else UNetDenoiser
         self.net = build(cfg, feature_size)
         self.base = copy.deepcopy(self.net).requires_grad_(False)
-        self.links = self.tuned                             # Gaussian steps in a chain
         i = torch.arange(self.K + 1, dtype=torch.float64) / self.K
         f = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(0, 0.999)         # cosine schedule, in float64; t = 0 is the last, cleanest step
@@ -584,12 +584,12 @@ class DiffusionActor(nn.Module):
 
         explore: std max(sigma, .1) and noise clipped to 3 std; otherwise 0 at t = 0, else max(sigma, 1e-3).  frozen: the base net all along."""
         x = torch.randn(len(feature), self.cfg.bc_chunk, 7, device=feature.device)
-        chain = [x] if self.tuned == self.K else []
+        chain = [x] if self.links == self.K else []
         for t in reversed(range(self.K)):
-            mean = self.mean(self.base if frozen or t >= self.tuned else self.net, x, t, feature)
+            mean = self.mean(self.base if frozen or t >= self.links else self.net, x, t, feature)
             std = self.std[t].clamp(min=self.cfg.ft_std) if explore else self.std[t].clamp(min=1e-3) * (t > 0)
             x = mean + std * torch.randn_like(x).clamp(-3, 3)
-            if t <= self.tuned:
+            if t <= self.links:
                 chain.append(x)
         return torch.stack(chain, 1)                                                                  # [B, K'+1, H, A]
 
@@ -597,7 +597,7 @@ class DiffusionActor(nn.Module):
         """Log-probability of every recorded step, AVERAGED over the chunk's numbers (summed, the clip range would be 28 times too tight).
 
         feature [B, F], chain [B, K'+1, H, A] -> [B, K'].  Step j turns chain[j] into chain[j + 1] and is denoising step t = K' - 1 - j."""
-        t = torch.arange(self.tuned - 1, -1, -1, device=chain.device)                                 # [K']
+        t = torch.arange(self.links - 1, -1, -1, device=chain.device)                                 # [K']
         mean = self.mean(self.net, chain[:, :-1], t, feature[:, None])                                # [B, K', H, A]
         std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]                                   # floored as in sampling, also at t = 0
         return gaussian_logprob(chain[:, 1:], mean, std).mean((-1, -2))                               # [B, K']
@@ -612,7 +612,7 @@ class DiffusionActor(nn.Module):
         x = torch.randn(len(feature), self.cfg.bc_chunk, 7, device=feature.device)
         times = torch.linspace(self.K - 1, 0, steps).round().int().tolist()
         for t, following in zip(times, times[1:] + [-1]):
-            net = self.base if t >= self.tuned else self.net
+            net = self.base if t >= self.links else self.net
             noise = net(x, torch.full((len(x),), t, device=x.device), feature)
             clean = ((x - self.noise[t] * noise) / self.signal[t]).clamp(-1, 1)
             noise = (x - self.signal[t] * clean) / self.noise[t]
@@ -664,8 +664,8 @@ def demonstration_views(cfg, wm, recording, offsets=8, draws=2):
     segments = [(a, b) for _, a, b in recording.ds.segments]
     for i, (a, b) in enumerate(segments):
         done = np.flatnonzero(calvin_sim.success(cfg.task, recording.scene[a], recording.scene[a:b + 1]))
-        segments[i] = (a, min(b, a + done[0] + 4) if len(done) else b)
-    starts = np.array([(s, b) for a, b in segments for s in range(a, b - 3, offsets)])
+        segments[i] = (a, min(b, a + done[0] + 4) if len(done) else b)                               # four frames show success
+    starts = np.array([(s, b) for a, b in segments for s in range(a, b - 3, offsets)])               # at least four frames a view
     length = int((starts[:, 1] - starts[:, 0]).max()) + 1
     feature, first, frame, start = [], [], [], []
     for _ in range(draws):
@@ -740,7 +740,8 @@ class DreamEnv:
         h = self.wm.step(h, z, torch.zeros_like(command), command)
         z = sample_latent(self.wm.posterior(h, embedding), self.cfg)
         state = dict(h=h, z=z, command=command, target=target)
-        shift = F.pad(self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device), (0, 4))           # in units of the command, 0.1 m
+        # The policy does not see that the world has moved, or it would correct for it.  In units of the command, 0.1 m
+        shift = F.pad(self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device), (0, 4))           # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
 
     @torch.no_grad()
@@ -893,7 +894,8 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
             history.append(metrics)
     out = {k: torch.stack([m[k].detach() for m in history]).mean() for k in history[0]}
     out["explained"] = 1 - (returns - roll["value"]).var() / (returns.var() + 1e-8)
-    out["dream_success"] = roll["terminated"].sum() / over.sum().clamp(min=1)
+    ends = over & (over.cumsum(0) == 1)                     # each dream's first end: one that began anew may have had no time to fail
+    out["dream_success"] = (roll["terminated"] & ends).sum() / ends.sum().clamp(min=1)
     return out
 
 
@@ -1033,7 +1035,7 @@ def stage_reward(cfg):
     """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
     wm, demos = load_world_model(cfg), load(cfg, "demos")
     recording, play, replay = (Recording(cfg, dataset, wm) for dataset in (demos, load(cfg, "play"), Dataset(output(cfg, "play").with_name("replay"))))
-    length = min(73, cfg.play_episode)
+    length = min(73, cfg.play_episode - 1)                  # as in stage_wm
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     feature, first, frame, start = demonstration_views(cfg, wm, recording)
     label = torch.from_numpy(calvin_sim.success(cfg.task, recording.scene[start], recording.scene[frame])).to(cfg.device)
@@ -1043,11 +1045,12 @@ def stage_reward(cfg):
     if cfg.reward_labels != "demos":
         seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split(0.1)[0], length), min(1500, 50 * cfg.demo_count)), length)
         pick = rng.integers(1, length, (len(frames), 12))                                             # 12 moments a window
-        rows, known = np.arange(len(frames))[:, None], calvin_sim.success(cfg.task, play.scene[frames[:, :1]], play.scene[frames])
-        happened = torch.from_numpy(known[rows, pick].ravel()).to(cfg.device)
+        rows = np.arange(len(frames))[:, None]
         for f in (seen, dreamed):
             now, then = f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1), f[:, :1].expand(-1, 12, -1).flatten(0, 1)
             if cfg.reward_labels == "predicate":
+                happened = calvin_sim.success(cfg.task, play.scene[frames[:, :1]], play.scene[frames])[rows, pick]
+                happened = torch.from_numpy(happened.ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
                 groups.append((then, now, 2))               # 2: unlabelled, taken for a failure with less weight
@@ -1068,7 +1071,7 @@ def stage_reward(cfg):
         return metrics
 
     partial = train(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), update, every=50)
-    def verdict(feature):                                   # [W, T, F]: does it fire in two frames running?  See dream_chunk
+    def verdict(feature):                                   # [W, T, F]: does it fire in any two frames running?  dream_chunk looks at a chunk's last two
         with torch.no_grad():
             fires = model.success(feature[:, :1].expand_as(feature), feature)
         return (fires[:, 1:] * fires[:, :-1]).any(1).cpu().numpy()
