@@ -79,6 +79,7 @@ class Config:
     # demos: what the policy is cloned from
     demo_count: int = 50            # demonstrations of the task (paper: 50)
     # wm: the world model, section 2
+    wm_stride: int = 1              # control steps that one step of the model spans (paper: 1)
     wm_encoder: str = "linear"      # conv (paper) or linear: the frames' principal components, a closed-form linear autoencoder
     wm_codes: int = 256             # linear encoder: components of the static camera; the gripper camera gets half
     wm_depth: int = 48              # conv encoder: channels of the first layer (paper: 48)
@@ -91,7 +92,7 @@ class Config:
     wm_octaves: int = 3             # the transition also sees sines of the commanded position, finest wavelength 4 cm (paper: 0)
     wm_updates: int = 5000          # gradient steps (paper: up to 2 M)
     wm_batch: int = 32              # sequences a batch (paper: 50)
-    wm_length: int = 20             # frames a sequence (paper: 50)
+    wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
@@ -100,7 +101,7 @@ class Config:
     wm_free: float = 0.0            # free nats a frame, DreamerV3 (paper: 0)
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
-    wm_context: int = 5             # open loop starts after 1..wm_context frames
+    wm_context: int = 5             # open loop starts after 1..wm_context watched frames
     wm_gripper: float = 0.25        # weight of the gripper camera in the image loss: it has three quarters of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
@@ -155,7 +156,7 @@ PRESETS = {
     "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
                 wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
-                  wm_batch=50, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_octaves=0, play_frames=500_000,
+                  wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_octaves=0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
                   ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_shift=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5,
                   ft_gamma=0.999, ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
@@ -180,8 +181,9 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 #        z_t  ~ posterior(h_t, embedding of frame t)         what it does look like                  <- the robot uses this one
 #        frame_t ~ decoder(h_t, z_t, c_t)
 #
-#    Alignment matters: step t consumes the action executed BEFORE frame t.  Every training sequence starts from the zero state,
-#    because that is how each dream and each deployment starts.
+#    Alignment matters: step t consumes what was executed BEFORE frame t: the last wm_stride actions a and the commands c that they led to, because
+#    one step looks so many control steps ahead (the feature keeps the last command).  Every training sequence starts from the zero state, because
+#    that is how each dream and each deployment starts.
 # ======================================================================================================================
 
 def mlp(sizes, activation=nn.ELU, norm=True):
@@ -334,7 +336,7 @@ class WorldModel(nn.Module):
         hidden = [2 * e] if self.codec else []              # the convolutions are deep enough
         self.fuse = mlp([seen] + hidden + [e, e])           # image part of the embedding; proprioception is appended to it
         self.embed_size = e + 15
-        self.from_z, self.from_action = nn.Linear(z, cfg.wm_hidden), nn.Linear(14 + 6 * cfg.wm_octaves, cfg.wm_hidden, bias=False)
+        self.from_z, self.from_action = nn.Linear(z, cfg.wm_hidden), nn.Linear(cfg.wm_stride * (14 + 6 * cfg.wm_octaves), cfg.wm_hidden, bias=False)
         self.norm = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU())
         self.gru = NormGRU(cfg.wm_hidden, cfg.wm_h)
         self.prior = mlp([cfg.wm_h, cfg.wm_hidden, stats_size(cfg)])
@@ -357,12 +359,13 @@ class WorldModel(nn.Module):
         return torch.zeros(batch, self.cfg.wm_h, device=device), torch.zeros(batch, latent_size(self.cfg), device=device)
 
     def step(self, h, z, action, command):
-        """One transition: memory after `action` [B, 7] was given and the arm's target became `command` [B, 7]."""
+        """One transition: memory after the actions [B, stride * 7] were given and the arm's target went through the commands [B, stride * 7]."""
         return self.transition(h, z, self.moved(action, command))
 
     def moved(self, action, command):
         """What the arm was told [..., wm_hidden].  Contact is a sharp function of position, which networks learn late; sines of it help (NeRF's trick)."""
-        angles = [command[..., :3] * 2 ** (k + 2) for k in range(self.cfg.wm_octaves)]                # command is in units of 0.1 m
+        position = command.unflatten(-1, (-1, 7))[..., :3].flatten(-2)                                # [..., stride * 3], in units of 0.1 m
+        angles = [position * 2 ** (k + 2) for k in range(self.cfg.wm_octaves)]
         return self.from_action(torch.cat([action, command, *[wave for x in angles for wave in (x.sin(), x.cos())]], -1))
 
     def transition(self, h, z, moved):
@@ -374,7 +377,7 @@ class WorldModel(nn.Module):
     def rollout(self, embedding, action, command, context=None):
         """Watch a sequence and, beside it, dream it.
 
-        embedding [B, T, E], action [B, T, 7] (executed before the frame), command [B, T, 7]; context: [B] number of frames that the
+        embedding [B, T, E], action and command [B, T, stride * 7] (what led to the frame); context: [B] number of frames that the
         dreaming stream may watch before it closes its eyes, or None for no such stream.
         Returns posterior features [B, T, F], (posteriors, priors) [B, T, S], dreamed features [B, T, F] or None."""
         B, T = action.shape[:2]
@@ -394,7 +397,7 @@ class WorldModel(nn.Module):
                 h = torch.cat([h[:B], torch.where(watching, h[:B], h[B:])])
                 z = torch.cat([z, torch.where(watching, z, dreamed)])
             hs.append(h), zs.append(z), posts.append(post), priors.append(prior[:B])
-        feature = torch.cat([torch.stack(hs, 1), torch.stack(zs, 1), command.repeat(streams, 1, 1)], -1)   # [streams * B, T, F]
+        feature = torch.cat([torch.stack(hs, 1), torch.stack(zs, 1), command[..., -7:].repeat(streams, 1, 1)], -1)   # [streams * B, T, F]
         return feature[:B], (torch.stack(posts, 1), torch.stack(priors, 1)), feature[B:] if streams == 2 else None
 
     def proprio(self, feature):
@@ -451,16 +454,18 @@ def world_model_loss(wm, batch, cfg):
 def views(wm, recording, starts, length, last=None):
     """Windows as the posterior sees them and as the prior dreams them from their first frame alone.
 
-    starts [W]; last [W] final frame of each window's episode (past it, frames and features repeat).  -> posterior, dreamed [W, T, F], frames [W, T]"""
-    frames = starts[:, None] + np.arange(length)
+    starts [W]; length in frames, of which every wm_stride-th is looked at; last [W] final frame of each window's episode (past it, frames and features repeat).
+    -> posterior, dreamed [W, T, F], frames [W, T]"""
+    stride = wm.cfg.wm_stride
+    frames = starts[:, None] + np.arange(0, length, stride)
     if last is not None:
-        frames = np.minimum(frames, last[:, None])
+        frames = np.minimum(frames, (last - (last - starts) % stride)[:, None])
     seen, dreamed = [], []
     for block in np.array_split(frames, max(1, len(frames) // 128)):
         batch = recording.batch(block)
         context = torch.ones(len(block), device=wm.cfg.device)
         feature, _, dream = wm.rollout(wm.embed(batch), batch["action"], batch["command"], context)
-        rows, times = np.arange(len(block))[:, None], block - block[:, :1]
+        rows, times = np.arange(len(block))[:, None], (block - block[:, :1]) // stride
         seen.append(feature[rows, times]), dreamed.append(dream[rows, times])
     return torch.cat(seen), torch.cat(dreamed), frames
 
@@ -655,9 +660,9 @@ def ema_update(average, net, decay, step):
     for a, b in zip(average.parameters(), net.parameters()):
         a.lerp_(b, 1 - decay)
 
-def demonstration_views(cfg, wm, recording, offsets=8, draws=2):
-    """Every moment of every demonstration until just after its success, seen from starts every `offsets` frames earlier: as the posterior filters it and as the prior
-    dreams it.  A deployed policy starts from the zero state, a dreamed one sees prior features: it is cloned on what it will meet.
+def demonstration_views(cfg, wm, recording, offsets=7, draws=2):
+    """Every moment of every demonstration until just after its success, seen from starts every `offsets` frames (odd, or a stride of 2 would skip
+    every other moment): as the posterior filters it and as the prior dreams it.  A deployed policy starts from the zero state, a dreamed one sees prior features: it is cloned on what it will meet.
 
     What follows success is another task's beginning: counted as success, it teaches the classifier where arms go afterwards.
     Returns feature, first feature of the same window [P, F], frame numbers [P], start frames [P]."""
@@ -670,7 +675,7 @@ def demonstration_views(cfg, wm, recording, offsets=8, draws=2):
     feature, first, frame, start = [], [], [], []
     for _ in range(draws):
         seen, dreamed, frames = views(wm, recording, starts[:, 0], length, starts[:, 1])
-        inside = torch.from_numpy(starts[:, :1] + np.arange(length) <= starts[:, 1:])                 # [W, T]
+        inside = torch.from_numpy(starts[:, :1] + np.arange(0, length, cfg.wm_stride) <= starts[:, 1:])   # [W, T]
         for f in (seen, dreamed):
             feature.append(f[inside.to(f.device)])
             first.append(f[:, :1].expand_as(f)[inside.to(f.device)])
@@ -737,7 +742,8 @@ class DreamEnv:
         index = torch.randint(0, len(self.bank[0]), (n,), device=self.bank[0].device)
         embedding, command, target = (x[index] for x in self.bank)
         h, z = self.wm.initial(n, embedding.device)
-        h = self.wm.step(h, z, torch.zeros_like(command), command)
+        told = command.repeat(1, self.cfg.wm_stride)                                                  # [n, stride * 7]
+        h = self.wm.step(h, z, torch.zeros_like(told), told)
         z = sample_latent(self.wm.posterior(h, embedding), self.cfg)
         state = dict(h=h, z=z, command=command, target=target)
         # The policy does not see that the world has moved, or it would correct for it.  In units of the command, 0.1 m
@@ -764,20 +770,23 @@ def feature_of(state):
     return torch.cat([state["h"], state["z"], state["command"]], -1)                                  # [B, F]
 
 def dream_step(wm, state, action, shift=0.0):
-    """One imagined step: integrate the command as the simulator does, then memory, then a guess from the prior.  action [B, 7] -> state
+    """One imagined step: integrate the commands as the simulator does, then memory, then a guess from the prior.  action [B, stride, 7] -> state
 
-    shift [B, 7] is added to the command that the world model hears, not to the one that the policy sees."""
-    tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else state["target"]
-    target = advance_target(state["target"], action, tcp, wm.lead)
-    command = encode_command(target, action[:, 6:])
-    h = wm.step(state["h"], state["z"], action, command + shift)
+    shift [B, 7] is added to the commands that the world model hears, not to the one that the policy sees."""
+    target, lead, told = state["target"], wm.lead, []
+    tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else target
+    for a in action.unbind(1):
+        target, lead = advance_target(target, a, tcp, lead), 1              # within a step the arm is not measured again: the target goes on from itself
+        command = encode_command(target, a[:, 6:])
+        told.append(command + shift)
+    h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(told, -1))
     return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
 
 def dream_chunk(wm, classifier, state, first, chunk, shift=0.0):
-    """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two frames both look like success.
+    """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two imagined frames both look like success.
 
     One frame would do for a robot; in a dream the sampled latent makes things flicker, and a policy learns to wait for the flicker."""
-    for action in chunk.unbind(1):
+    for action in chunk.split(wm.cfg.wm_stride, 1):
         before, state = state, dream_step(wm, state, action, shift)
     return state, classifier.success(first, feature_of(before)) * classifier.success(first, feature_of(state))
 
@@ -900,7 +909,7 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
 
 
 # ======================================================================================================================
-# 7  Agent.  World model and actor as one object, the one a robot would run: it filters every frame with the action that led to
+# 7  Agent.  World model and actor as one object, the one a robot would run: it filters every wm_stride-th frame with the actions that led to
 #    it, and every H steps asks the actor for a new chunk.  Evaluation (evaluate.py) runs this object and nothing else.
 # ======================================================================================================================
 
@@ -916,19 +925,22 @@ class Agent:
 
     @torch.no_grad()
     def observe(self, obs):
-        """Filter one frame: rgb_static, rgb_gripper [B, S, S, 3] u8, robot_obs [B, 15] -> feature [B, F]"""
+        """Take in one control step's frame: rgb_static, rgb_gripper [B, S, S, 3] u8, robot_obs [B, 15] -> feature [B, F] of the last frame that was filtered"""
         obs = {k: torch.as_tensor(np.stack(obs[k])).to(self.cfg.device) for k in ("rgb_static", "rgb_gripper", "robot_obs")}
         tcp, gripper = obs["robot_obs"][:, :6], obs["robot_obs"][:, 14:]
         if self.target is None:
             self.target, command = tcp, encode_command(tcp, gripper)
+            self.told = [(self.action, command)] * self.cfg.wm_stride
         else:
             self.target = advance_target(self.target, self.action, self.tcp, self.wm.lead)
             command = encode_command(self.target, self.action[:, 6:])
+            self.told.append((self.action, command))
         self.tcp = tcp
-        obs["proprio"] = encode_proprio(obs["robot_obs"])
-        self.h = self.wm.step(self.h, self.z, self.action, command)
-        self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(obs)), self.cfg)
-        self.state = dict(h=self.h, z=self.z, command=command, target=self.target)
+        if len(self.told) == self.cfg.wm_stride:
+            obs["proprio"] = encode_proprio(obs["robot_obs"])
+            self.h = self.wm.step(self.h, self.z, *(torch.cat(x, -1) for x in zip(*self.told)))
+            self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(obs)), self.cfg)
+            self.state, self.told = dict(h=self.h, z=self.z, command=command, target=self.target), []
         return feature_of(self.state)
 
     def act(self, obs):
@@ -984,13 +996,14 @@ def stage_wm(cfg):
     recording = Recording(cfg, dataset, wm)
     wm.lead.fill_(recording.lead)
     episodes, judging = dataset.split(0.1)
-    starts, length = window_starts(episodes, cfg.wm_length), min(73, cfg.play_episode - 1)
+    window = np.arange(cfg.wm_length) * cfg.wm_stride
+    starts, length = window_starts(episodes, window[-1] + 1), min(73, cfg.play_episode - 1)
     window_starts(episodes, length), window_starts(judging, length)           # too short to be judged? Then say so before the training
 
     def update(i, rng):
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
         first = rng.choice(starts, cfg.wm_batch)
-        loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + np.arange(cfg.wm_length)), cfg)
+        loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + window), cfg)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         metrics["norm"] = nn.utils.clip_grad_norm_(wm.parameters(), cfg.wm_clip)
@@ -1044,7 +1057,7 @@ def stage_reward(cfg):
     groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
     if cfg.reward_labels != "demos":
         seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split(0.1)[0], length), min(1500, 50 * cfg.demo_count)), length)
-        pick = rng.integers(1, length, (len(frames), 12))                                             # 12 moments a window
+        pick = rng.integers(1, frames.shape[1], (len(frames), 12))                                    # 12 moments a window
         rows = np.arange(len(frames))[:, None]
         for f in (seen, dreamed):
             now, then = f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1), f[:, :1].expand(-1, 12, -1).flatten(0, 1)
@@ -1096,7 +1109,7 @@ def dream_starts(cfg, wm):
     begin = np.concatenate([np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments])
     def rows(recording, frames):                            # [n, E], [n, 7], [n, 6]
         batches = [recording.batch(part[:, None]) for part in np.array_split(frames, len(frames) // 2000 + 1)]
-        return (torch.cat([wm.embed(b)[:, 0] for b in batches]), torch.cat([b["command"][:, 0] for b in batches]), recording.target[torch.from_numpy(frames)].to(cfg.device))
+        return (torch.cat([wm.embed(b)[:, 0] for b in batches]), torch.cat([b["command"][:, 0, -7:] for b in batches]), recording.target[torch.from_numpy(frames)].to(cfg.device))
     near = rows(demos, begin)
     if not cfg.ft_play:
         return near
@@ -1177,11 +1190,11 @@ def stage_report(cfg):
     wm, _, classifier = load_policy(cfg, "bc")
     replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
     a, b = next((a, b) for t, a, b in replay.ds.segments if t == cfg.task)
-    seen, dreamed, _ = views(wm, replay, np.array([a]), b - a + 1)
+    seen, dreamed, frames = views(wm, replay, np.array([a]), b - a + 1)
     score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
-    truth = [replay.ds[k][a:b + 1] for k in ("rgb_static", "rgb_gripper")]
+    truth = [replay.ds[k][frames[0]] for k in ("rgb_static", "rgb_gripper")]
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
-    report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), scale=2)
+    report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), 2, cfg.wm_stride)
     minutes = {stage: read_log(cfg, stage, "minutes")[1][-1] for stage in STAGES if read_log(cfg, stage, "minutes")[1]}
     lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, dict(load(cfg, "wm")["judged"], trust=load(cfg, "reward")["trust"]), minutes)
     print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")

@@ -76,11 +76,16 @@ class Recording:
         self.codes = torch.cat(parts)                                                                 # [N, k]
 
     def batch(self, frames):
-        """frames [..., T] of frame numbers -> tensors on the device.  The first action of a window is erased: nothing came before it."""
+        """frames [..., T] of frame numbers, wm_stride apart -> tensors on the device; action, command [..., T, stride * 7]: those that led to each frame.
+
+        The first action of a window is erased: nothing came before it."""
         frames = np.asarray(frames)
+        steps = frames[..., None] + np.arange(1 - self.cfg.wm_stride, 1)                              # [..., T, stride]
+        steps[..., 0, :] = frames[..., :1]
         index, device = torch.from_numpy(frames), self.cfg.device
-        out = {k: getattr(self, k)[index].to(device) for k in ("action", "command", "proprio")}
+        out = {k: getattr(self, k)[torch.from_numpy(steps)].flatten(-2).to(device) for k in ("action", "command")}
         out["action"][..., 0, :] = 0
+        out["proprio"] = self.proprio[index].to(device)
         if self.codes is not None:
             out["codes"] = self.codes[index].to(device)
         else:

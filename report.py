@@ -74,7 +74,7 @@ def judge_world_model(recording, replay, views, length, rng):
     target = probe_targets(recording, frames)
     probe = fit_probe(torch.cat([seen, dreamed]).flatten(0, 1), torch.cat([target, target]).flatten(0, 1))
     _, dreamed, frames = views(recording, rng.choice(window_starts(test_episodes, length), 400), length)
-    tables = dict(open_loop=open_loop_errors(read_probe(probe, dreamed), probe_targets(recording, frames)), replay_share={}, replay_share_watched={})
+    tables = dict(open_loop=open_loop_errors(read_probe(probe, dreamed), probe_targets(recording, frames), recording.cfg.wm_stride), replay_share={}, replay_share_watched={})
     for task in sorted({t for t, _, _ in replay.ds.segments}, key=list(TASKS).index):
         first, last = np.array([(a, b) for t, a, b in replay.ds.segments if t == task]).T
         seen, dreamed, frames = views(replay, first, int((last - first).max()) + 1, last)
@@ -85,21 +85,21 @@ def judge_world_model(recording, replay, views, length, rng):
     return tables
 
 
-def open_loop_errors(guess, truth):
-    """Error of a dream after 10, 40 and 72 steps beside that of the guess that nothing moves; also for the windows in which the thing moves.
+def open_loop_errors(guess, truth, stride=1):
+    """Error of a dream after 10, 40 and 72 control steps beside that of the guess that nothing moves; also for the windows in which the thing moves.
 
     Means hide missed events, so two shares stand beside them: of the changes as large as a task asks for, those of which the dream makes more than
     60 %; and, where nothing changes, dreams that make such a change.  guess, truth [W, T, 8]: the fixtures of PROBED and the TCP in cm.  -> list of rows"""
     rows = []
     for step in (10, 40, 72):
-        step = min(step, truth.shape[1] - 1)
+        step = min(step // stride, truth.shape[1] - 1)
         for d, what in enumerate([*PROBED, "tcp"]):
             s = slice(5, 8) if what == "tcp" else slice(d, d + 1)
             error = (guess[:, step, s] - truth[:, step, s]).norm(dim=-1)
             still = (truth[:, 0, s] - truth[:, step, s]).norm(dim=-1)
             moved = still > MOVED[what]
             mean = lambda x: x.mean().item() if len(x) else float("nan")
-            row = dict(step=step, what=what, error=mean(error), still=mean(still), windows=int(moved.sum()), error_moving=mean(error[moved]), still_moving=mean(still[moved]))
+            row = dict(step=step * stride, what=what, error=mean(error), still=mean(still), windows=int(moved.sum()), error_moving=mean(error[moved]), still_moving=mean(still[moved]))
             if what != "tcp":
                 change, dreamed = (x[:, step, d] - x[:, 0, d] for x in (truth, guess))
                 event = still >= 0.99 * EVENT[what]
@@ -267,10 +267,10 @@ def curves(path, task, dream_log, evaluation, n_curve, trust):
     plt.close(figure)
 
 
-def gif(path, frames, scale=3):
-    """frames: list of [H, W, 3] u8."""
+def gif(path, frames, scale=3, stride=1):
+    """frames: list of [H, W, 3] u8, stride control steps apart."""
     import imageio
-    imageio.mimsave(path, [np.kron(f, np.ones((scale, scale, 1), np.uint8)) for f in frames], duration=40, loop=0)
+    imageio.mimsave(path, [np.kron(f, np.ones((scale, scale, 1), np.uint8)) for f in frames], duration=40 * stride, loop=0)
 
 
 def dream_strip(truth, watched, dreamed, scores):

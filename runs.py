@@ -350,6 +350,8 @@ def check_config(cfg):
         raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), not {cfg.ft_steps}")
     if cfg.ft_iterations <= cfg.ft_warmup:
         raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor waits for --ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")
+    if cfg.wm_stride < 1 or cfg.bc_chunk % cfg.wm_stride:
+        raise InputError(f"--bc_chunk {cfg.bc_chunk} must be a multiple of --wm_stride {cfg.wm_stride}: a chunk is dreamed in whole steps of the world model")
     if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
         raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
     return cfg

@@ -54,7 +54,7 @@ def bench_simulator():
 
 def world_model_update(cfg, wm):
     B, T = cfg.wm_batch, cfg.wm_length
-    batch = {k: torch.randn(B, T, n) for k, n in (("action", 7), ("command", 7), ("proprio", 15))}
+    batch = {k: torch.randn(B, T, n) for k, n in (("action", 7 * cfg.wm_stride), ("command", 7 * cfg.wm_stride), ("proprio", 15))}
     if wm.codec:
         batch["codes"] = torch.randn(B, T, wm.codec.size)
     else:

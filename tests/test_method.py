@@ -24,7 +24,7 @@ FEATURE = 11                                                # size of the made-u
 
 def tiny(**changes):
     """A configuration that is small enough for a unit test."""
-    small = dict(device="cpu", image_size=64, wm_codes=8, wm_depth=2, wm_z=4, wm_classes=5, wm_h=16, wm_hidden=16, wm_embed=16, bc_hidden=32,
+    small = dict(device="cpu", image_size=64, wm_stride=1, wm_codes=8, wm_depth=2, wm_z=4, wm_classes=5, wm_h=16, wm_hidden=16, wm_embed=16, bc_hidden=32,
                  reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3, ft_epochs=2, ft_minibatches=2, ft_clip=0.01, ft_clip_first=0.001, ft_shift=0.0)
     return diwa.Config(**{**small, **changes})
 
@@ -47,7 +47,8 @@ def world(cfg):
 
 def sequence(cfg, wm, B=3, T=6, device="cpu"):
     """Made-up embeddings, actions and commands [B, T, ...]."""
-    return [torch.randn(B, T, n, device=device) for n in (wm.embed_size, 7, 7)]
+    told = 7 * cfg.wm_stride
+    return [torch.randn(B, T, n, device=device) for n in (wm.embed_size, told, told)]
 
 
 def dream(cfg, wm, classifier=None, horizon=None):
@@ -660,6 +661,14 @@ def test_a_short_windows_dream_waits_at_its_end(no_noise):
         assert not torch.equal(together[1, 6], together[1, 7])
 
 
+def test_a_stride_skips_frames_and_stays_inside(no_noise):
+    """Windows of every second frame, each ending on the last such frame of its episode."""
+    cfg, wm, dataset, rec = recorded(wm_stride=2)
+    seen, dreamed, frames = diwa.views(wm.eval(), rec, np.array([2, 21]), 8, np.array([7, 27]))
+    assert frames.tolist() == [[2, 4, 6, 6], [21, 23, 25, 27]] and seen.shape == dreamed.shape == (2, 4, wm.feature_size)
+    assert torch.equal(dreamed[0, 2], dreamed[0, 3]) and not torch.equal(dreamed[1, 2], dreamed[1, 3])
+
+
 @pytest.mark.parametrize("encoder", ["conv", "linear"])
 def test_image_error_is_summed(encoder):
     """Half the squared error summed over channels and pixels, or codes; averaged, the KL weight would mean something else.  The gripper camera has
@@ -826,9 +835,10 @@ def test_rollout_is_causal(latent, which):
         assert (a[:, 3] - b[:, 3]).abs().amax(-1).min() > 1e-4                              # every row, at once
 
 
-def test_rollout_by_hand(no_noise):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rollout_by_hand(no_noise, stride):
     """h_t = GRU(h_{t-1}, [z_{t-1}, a_t, c_t]) from zero; z_t from the posterior while watching, from the prior once the eyes are closed."""
-    cfg = tiny()
+    cfg = tiny(wm_stride=stride)
     wm = world(cfg)
     embedding, action, command = sequence(cfg, wm, B=1)
     seen, (post, prior), dreamed = wm.rollout(embedding, action, command, torch.tensor([2]))
@@ -838,7 +848,7 @@ def test_rollout_by_hand(no_noise):
             h = wm.step(h, z, action[:, t], command[:, t])
             stats = wm.prior(h) if t >= blind else wm.posterior(h, embedding[:, t])
             z = stats[:, :cfg.wm_z]
-            torch.testing.assert_close(features[:, t], torch.cat([h, z, command[:, t]], -1))
+            torch.testing.assert_close(features[:, t], torch.cat([h, z, command[:, t, -7:]], -1))
             if blind == 99:
                 torch.testing.assert_close(post[:, t], stats), torch.testing.assert_close(prior[:, t], wm.prior(h))
 
@@ -910,21 +920,32 @@ def test_recording_shifts_actions_by_one():
     assert first["command"][0, 1, 6] == dataset["robot_obs"][20, 14]
 
 
+def test_a_step_is_told_all_that_led_to_its_frame():
+    """With a stride of 2 a step holds the two actions since the frame before, and the commands that they led to; a window's first repeats its command."""
+    _, _, dataset, rec = recorded(wm_stride=2)
+    batch = rec.batch(np.array([[3, 5, 7]]))
+    actions, command = dataset["rel_actions"], rec.command.numpy()
+    np.testing.assert_array_equal(batch["action"][0], np.stack([np.zeros(14), np.r_[actions[3], actions[4]], np.r_[actions[5], actions[6]]]).astype(np.float32))
+    np.testing.assert_array_equal(batch["command"][0], np.stack([np.r_[command[3], command[3]], np.r_[command[4], command[5]], np.r_[command[6], command[7]]]))
+    np.testing.assert_array_equal(batch["proprio"][0], rec.proprio[[3, 5, 7]])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("source, lead", [("test", 1), ("calvin", 0)])
-def test_the_robot_filters_as_training_does(no_noise, source, lead):
+def test_the_robot_filters_as_training_does(no_noise, source, lead, stride):
     """Agent, fed an episode frame by frame with the executed actions, computes the features that training saw: same order, same alignment,
     same commanded pose, also for CALVIN's recordings, whose actions are differences of measured poses: there the target forgets its lead."""
-    cfg, wm, dataset, rec = recorded(source)
+    cfg, wm, dataset, rec = recorded(source, wm_stride=stride)
     assert rec.lead == lead
     wm.lead.fill_(rec.lead)
     wm.eval().requires_grad_(False)
-    batch = rec.batch(np.arange(20, 32)[None])
+    batch = rec.batch(np.arange(20, 32, stride)[None])
     want, _, _ = wm.rollout(wm.embed(batch), batch["action"], batch["command"])
     agent = diwa.Agent(cfg, wm, None)
     agent.reset(1)
     for t in range(12):
         frame = {k: [dataset[k][20 + t]] for k in ("rgb_static", "rgb_gripper", "robot_obs")}
-        torch.testing.assert_close(agent.observe(frame), want[:, t], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(agent.observe(frame), want[:, t // stride], atol=1e-4, rtol=1e-4)
         agent.action = torch.from_numpy(dataset["rel_actions"][20 + t:21 + t])
 
 
@@ -958,12 +979,31 @@ def test_dream_step_integrates_the_command():
     env.reset()
     state = {k: v.clone() for k, v in env.state.items()}
     action = diwa.executed(torch.randn(6, 7))
-    new = diwa.dream_step(wm, env.state, action)
+    new = diwa.dream_step(wm, env.state, action[:, None])
     torch.testing.assert_close(new["target"][:, :3], state["target"][:, :3] + calvin_sim.MAX_REL_POS * action[:, :3])
     torch.testing.assert_close(new["command"], recording.encode_command(new["target"], action[:, 6:]))
     torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action, new["command"]))
     for k, v in state.items():
         assert torch.equal(env.state[k], v)
+
+
+@pytest.mark.parametrize("lead", [1, 0])
+def test_a_stride_integrates_every_action(lead):
+    """One step of the world model hears two actions and both commands; between them the arm is not measured again, so even a target that forgets
+    its lead goes on from itself there."""
+    cfg = tiny(wm_stride=2)
+    wm = world(cfg)
+    wm.lead.fill_(lead)
+    env = dream(cfg, wm)
+    feature, action = env.reset(), diwa.executed(torch.randn(6, 2, 7))
+    state, pose, commands = env.state, wm.tcp(feature), []
+    target = calvin_sim.advance_target(state["target"], action[:, 0], pose, lead)
+    for a, now in zip(action.unbind(1), (target, calvin_sim.advance_target(target, action[:, 1], pose))):
+        commands.append(recording.encode_command(now, a[:, 6:]))
+    new = diwa.dream_step(wm, state, action)
+    torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1)))
+    torch.testing.assert_close(new["command"], commands[1])
+    assert diwa.feature_of(new).shape == feature.shape
 
 
 def test_a_dream_misplaces_the_arm_unseen():
@@ -996,9 +1036,9 @@ def test_dream_step_believes_its_own_pose():
     pose = recording.decode_pose(wm.proprio(feature)[:, :6])
     torch.testing.assert_close(wm.tcp(feature), pose)
     want = calvin_sim.advance_target(env.state["target"], action, pose)
-    torch.testing.assert_close(diwa.dream_step(wm, env.state, action)["target"], want)
+    torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], want)
     wm.lead.zero_()                                         # a model of CALVIN's recordings: the target starts from the arm, each time
-    torch.testing.assert_close(diwa.dream_step(wm, env.state, action)["target"], calvin_sim.advance_target(pose, action, pose))
+    torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], calvin_sim.advance_target(pose, action, pose))
     wm.lead.fill_(1)
     for p in wm.pose_head.parameters():                     # the pose is predicted as a lag behind the command: no lag, no difference
         p.zero_()
@@ -1017,7 +1057,7 @@ def test_env_step_is_four_dream_steps(latent):
     final = env.step(chunk)[4]
     torch.manual_seed(4)
     for k in range(4):
-        now = diwa.dream_step(wm, now, diwa.executed(chunk[:, k]))
+        now = diwa.dream_step(wm, now, diwa.executed(chunk[:, k:k + 1]))
     assert torch.equal(final, diwa.feature_of(now))
 
 
@@ -1160,7 +1200,8 @@ def test_ppo_learns_a_bandit():
 
 def observations(cfg, B=2, T=6):
     """A made-up training batch on cfg.device."""
-    batch = {k: torch.randn(B, T, n) for k, n in (("action", 7), ("command", 7), ("proprio", 15))}
+    told = 7 * cfg.wm_stride
+    batch = {k: torch.randn(B, T, n) for k, n in (("action", told), ("command", told), ("proprio", 15))}
     if cfg.wm_encoder == "linear":
         batch["codes"] = torch.randn(B, T, cfg.wm_codes + cfg.wm_codes // 2)
     else:
@@ -1180,7 +1221,7 @@ def test_meta_would_notice():
 
 @pytest.mark.parametrize("encoder", ["linear", "conv"])
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
-@pytest.mark.parametrize("changes", [dict(), dict(wm_open=0.0, wm_proprio=0.0), dict(wm_decode=0.5, wm_free=1.0)])
+@pytest.mark.parametrize("changes", [dict(), dict(wm_open=0.0, wm_proprio=0.0), dict(wm_decode=0.5, wm_free=1.0), dict(wm_stride=2)])
 def test_world_model_runs_on_any_device(encoder, latent, changes):
     """The training step of the world model makes its tensors where its inputs are."""
     cfg = tiny(device="meta", wm_encoder=encoder, wm_latent=latent, **changes)
@@ -1193,7 +1234,7 @@ def test_world_model_runs_on_any_device(encoder, latent, changes):
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
-@pytest.mark.parametrize("kind", [dict(), dict(bc_net="unet"), dict(bc_actor="gaussian"), dict(ft_steps=1), dict(ft_steps=3), dict(wm_proprio=0.0)])
+@pytest.mark.parametrize("kind", [dict(), dict(bc_net="unet"), dict(bc_actor="gaussian"), dict(ft_steps=1), dict(ft_steps=3), dict(wm_proprio=0.0), dict(wm_stride=2)])
 def test_fine_tuning_runs_on_any_device(latent, kind):
     """Dream, policy, reward scaling, GAE and PPO make their tensors where the dream is, and never look at a value."""
     cfg = tiny(**{**dict(device="meta", wm_latent=latent, bc_steps=3, ft_steps=2, ft_chunks=2, ft_epochs=1), **kind})
