@@ -21,6 +21,7 @@ One action = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad a unit), gripp
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line):
     - dreams start from *recorded* frames, also from the middle of attempts; the official code resets the simulator for each first frame;
     - practice is short, a fixed number of iterations: once dreams hardly fail, more of it exploits the world model;
+    - one step of the world model spans two control steps: half as many guesses for the same future, and cheaper dreams;
     - the transition is told the commanded pose c, because CALVIN's arm follows a target that accumulates the actions, and sines of it;
     - each dream misplaces the arm by a few millimetres, about as much as a dream can be trusted, and its success must last for two frames;
     - the preset `cpu` learns on linear codes of the frames and Gaussian latents; `gpu` and `paper` use convolutions and categoricals;
@@ -79,7 +80,7 @@ class Config:
     # demos: what the policy is cloned from
     demo_count: int = 50            # demonstrations of the task (paper: 50)
     # wm: the world model, section 2
-    wm_stride: int = 1              # control steps that one step of the model spans (paper: 1)
+    wm_stride: int = 2              # control steps that one step of the model spans (paper: 1)
     wm_encoder: str = "linear"      # conv (paper) or linear: the frames' principal components, a closed-form linear autoencoder
     wm_codes: int = 256             # linear encoder: components of the static camera; the gripper camera gets half
     wm_depth: int = 48              # conv encoder: channels of the first layer (paper: 48)

@@ -116,18 +116,26 @@ def share_of_change(guess, truth):
 def trust(task, verdict, play, replay, views, length, rng):
     """Can the dream tell success from failure?  Recorded attempts that nothing was trained on are dreamed again, action by action, from their first frame.
 
-    Held-out play, from where the task can be done: most of it fails, some of it nearly; and held-out demonstrations.  verdict(features [W, T, F]) -> [W]
-    bool, the classifier's.  -> [[successes judged successes, judged failures], [failures judged successes, judged failures]]"""
+    Held-out demonstrations; and held-out play, from where the task can be done: most of it fails, some of it nearly, and what succeeds does so in passing.
+    verdict(features [W, T, F]) -> [W] bool, the classifier's.
+    -> for both [[successes judged successes, judged failures], [failures judged successes, judged failures]]"""
     starts = window_starts(play.ds.split(0.1)[1], length)
     starts = starts[possible(task, play.scene[starts])]
     first, last = np.array([(a, b) for t, a, b in replay.ds.segments if t == task]).reshape(-1, 2).T
-    table = np.zeros((2, 2), int)
-    for recording, begin, end in ((play, rng.choice(starts, min(200, len(starts)), replace=False), None), (replay, first, np.minimum(last, first + length - 1))):
+    tables = dict(demonstrations=np.zeros((2, 2), int), play=np.zeros((2, 2), int))
+    for name, recording, begin, end in (("play", play, rng.choice(starts, min(200, len(starts)), replace=False), None),
+                                        ("demonstrations", replay, first, np.minimum(last, first + length - 1))):
         if len(begin):
             _, dreamed, frames = views(recording, begin, length, end)
             truth = success(task, recording.scene[frames[:, :1]], recording.scene[frames]).any(1)
-            np.add.at(table, (1 - truth, 1 - verdict(dreamed)), 1)
-    return table.tolist()
+            np.add.at(tables[name], (1 - truth, 1 - verdict(dreamed)), 1)
+    return {name: table.tolist() for name, table in tables.items()}
+
+
+def trusted(tables):
+    """What trust() counted -> "19 of 20 in demonstrations, 30 of 57 in play", "3 of 143": recorded successes recognised, failures believed."""
+    (_, _), (fooled, right) = np.sum(list(tables.values()), 0)
+    return ", ".join(f"{hit} of {hit + missed} in {name}" for name, ((hit, missed), _) in tables.items()), f"{fooled} of {fooled + right}"
 
 
 def precision_recall(verdict, truth):
@@ -165,9 +173,14 @@ def opinion(rows):
     return ", ".join(percent(np.mean([r[key] for r in rows])) for key in ("dream_before", "dream") if all(key in r for r in rows))
 
 
+def pooled_trust(rows):
+    names = rows[0].get("trust", {})
+    return "{}; {}".format(*trusted({name: np.sum([r["trust"][name] for r in rows], 0) for name in names})) if names else "-"
+
+
 def table(rows):
     """The README's results table from result rows, one line a task, its seeds pooled and each one's success in brackets; of several rows also what they say together."""
-    lines = ["| task | seeds | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised, failures believed | reward: precision, recall "
+    lines = ["| task | seeds | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised; failures believed | reward: precision, recall "
              "| DiWA paper: BC, DiWA; WAM | min |", "|" + "---|" * 12]
     rows = sorted(rows, key=lambda r: (list(PAPER).index(r["task"]), r["seed"]))
     for task, (bc, diwa, wam) in PAPER.items():
@@ -176,9 +189,8 @@ def table(rows):
             continue
         pooled = {key: np.concatenate([r[key] for r in group]) for key in ("before", "after")}
         each = {key: " (" + ", ".join(f"{100 * np.mean(r[key]):.0f}" for r in group) + ")" if len(group) > 1 else "" for key in pooled}
-        (hit, missed), (fooled, right) = np.sum([r.get("trust", [[0, 0], [0, 0]]) for r in group], 0)
         lines.append(f"| {task} | {', '.join(str(r['seed']) for r in group)} | {len(pooled['before'])} | {rate(pooled['before'])}{each['before']} | {rate(pooled['after'])}{each['after']} | {difference(**pooled)[0]} | {opinion(group)} | "
-                     f"{np.mean([r['replay_share'][task] for r in group]):.2f} | " + (f"{hit} of {hit + missed}, {fooled} of {fooled + right} | " if hit + missed else "- | ")
+                     f"{np.mean([r['replay_share'][task] for r in group]):.2f} | " + f"{pooled_trust(group)} | "
                      + ("{:.2f}, {:.2f}".format(*np.mean([r["classifier"] for r in group], 0)) if "classifier" in group[0] else "-")
                      + f" | {bc}, {diwa}; {wam} % | {np.mean([sum(r['minutes'].values()) for r in group]):.0f} |")
     if len(rows) > 1:
@@ -186,7 +198,7 @@ def table(rows):
         pooled = difference(*(np.concatenate([r[key] for r in rows]) for key in ("before", "after")))[0]
         share = np.mean([np.mean(list(r["replay_share"].values())) for r in rows])
         prices = [max(r["curve"].values()) - list(r["curve"].values())[-1] for r in rows if r["curve"]]
-        lines += [f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} | {pooled} | {opinion(rows)} | {share:.2f} (all eight) | | | | |", "",
+        lines += [f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} | {pooled} | {opinion(rows)} | {share:.2f} (all eight) | {pooled_trust(rows)} | | | |", "",
                   f"Fine-tuning removed {percent((after.mean() - before.mean()) / (1 - before.mean()))} of what cloning fails (paper: DiWA 64 %, WAM about 80 %); dream and simulator differ by {100 * np.abs(dream - after).mean():.0f} points on average"
                   + (f"; the best checkpoint in hindsight would be {100 * np.mean(prices):.0f} points better than the last one, on the learning curve's starts." if prices else ".")]
     return lines
@@ -217,11 +229,11 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
             failed = [x for x in rows if not x["success"]]
             fired = np.mean([any(x[where]) for x in failed]) if failed else float("nan")
             lines.append(f"| {policy} | {'real frames' if where == 'real' else 'dream'} | {p:.2f} | {r:.2f} | {fired:.2f} of {len(failed)} |")
-    (hit, missed), (fooled, right) = judged["trust"]
     lines += ["", "## Can the dream tell success from failure?", "",
-              "Recorded attempts that nothing was trained on (held-out play from where the task can be done, and demonstrations), dreamed again action by action:", "",
-              "| recorded | dreamed: success | dreamed: failure |", "|---|---|---|", f"| success | {hit} | {missed} |", f"| failure | {fooled} | {right} |",
-              "", "## The world model on recordings it has not seen", "",
+              "Recorded attempts that nothing was trained on (demonstrations, and play from where the task can be done), dreamed again action by action:", "",
+              "| recorded | dreamed: success | dreamed: failure |", "|---|---|---|"]
+    lines += [f"| {truth} in {name} | {yes} | {no} |" for name, counts in judged["trust"].items() for truth, (yes, no) in zip(("success", "failure"), counts)]
+    lines += ["", "## The world model on recordings it has not seen", "",
               "Replay share: a held-out demonstration's actions, replayed in the dream from its first frame; in what share does the task's object make more",
               "than 60 % of its true change?  (A linear probe reads the feature.)", "", "| task | " + " | ".join(judged["replay_share"]) + " | mean |",
               "|---|" + "---|" * (len(judged["replay_share"]) + 1)]
@@ -259,8 +271,8 @@ def curves(path, task, dream_log, evaluation, n_curve, trust):
         axis.errorbar(steps, rates, [np.maximum(rates - low, 0), np.maximum(high - rates, 0)], color="tab:orange", marker="o", capsize=3, label=f"simulator ({n_curve} other starts)")
     axis.axhline(np.mean(before), color="gray", ls=":", label=f"cloned, {len(before)} test starts: {percent(np.mean(before))}")
     axis.axhline(np.mean(after), color="black", ls="--", label=f"fine-tuned, same starts: {percent(np.mean(after))}")
-    (hit, missed), (fooled, right) = trust
-    axis.set(xlabel=f"PPO iteration in the dream\n(of recorded attempts, dreamed again, it recognised {hit} of {hit + missed} successes and believed {fooled} of {fooled + right} failures)", ylabel="success", ylim=(0, 1.05), title=task)
+    recognised, believed = trusted(trust)
+    axis.set(xlabel=f"PPO iteration in the dream\n(recorded attempts, dreamed again: successes recognised {recognised}; failures believed {believed})", ylabel="success", ylim=(0, 1.05), title=task)
     axis.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -114,7 +114,7 @@ def test_cosine_schedule(K):
 @pytest.mark.parametrize("K", [10, 20, 100])
 def test_posterior_is_bayes_rule(K):
     """q(x_{t-1} | x_t, x_0) = N(x_{t-1}; sqrt(bar_{t-1}) x_0, 1 - bar_{t-1}) * N(x_t; sqrt(alpha) x_{t-1}, beta), normalised."""
-    actor, (beta, alpha, bar, before) = diwa.DiffusionActor(tiny(bc_steps=K, ft_steps=1), FEATURE), schedule(K)
+    actor, (beta, alpha, _, before) = diwa.DiffusionActor(tiny(bc_steps=K, ft_steps=1), FEATURE), schedule(K)
     a, b, p, q = alpha[1:], beta[1:], before[1:], 1 - before[1:]
     precision = 1 / q + a / b
     np.testing.assert_allclose(actor.coef_x0[1:], np.sqrt(p) / q / precision, rtol=1e-4, atol=1e-6)

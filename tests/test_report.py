@@ -71,11 +71,12 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     def honest(feature):
         return calvin_sim.success("close_drawer", feature[:, :1].numpy(), feature.numpy()).any(1)
     length, rng = 10, np.random.default_rng(0)
-    (hit, missed), (fooled, right) = report.trust("close_drawer", honest, play, replay, views, length, rng)
-    assert missed == fooled == 0 and hit == 0 and right == 9 + 1, "in 10 frames it closes by less than .12: 8 starts with room, 1 left alone, 1 demonstration"
+    tables = report.trust("close_drawer", honest, play, replay, views, length, rng)
+    assert tables == dict(demonstrations=[[0, 0], [0, 1]], play=[[0, 0], [0, 9]]), "in 10 frames it closes by less than .12: 8 starts with room, 1 left alone, 1 demonstration"
     length = 19
-    (hit, missed), (fooled, right) = report.trust("close_drawer", optimist, play, replay, views, length, rng)
-    assert missed == right == 0 and hit == 3 and fooled == 0, "2 windows of 19 frames and the demonstration"
+    tables = report.trust("close_drawer", optimist, play, replay, views, length, rng)
+    assert tables == dict(demonstrations=[[1, 0], [0, 0]], play=[[2, 0], [0, 0]]), "2 windows of 19 frames and the demonstration"
+    assert report.trusted(dict(demonstrations=[[1, 2], [3, 4]], play=[[5, 6], [7, 8]])) == ("1 of 3 in demonstrations, 5 of 11 in play", "10 of 22")
 
 
 @pytest.mark.parametrize("folder, page", [("results", "README.md"), ("results/calvin", "README.md"), ("results/predicate", "EXPERIMENTS.md"), ("results/demos10", "EXPERIMENTS.md")])
@@ -88,11 +89,11 @@ def test_the_pages_show_what_the_rows_say(folder, page):
 
 def test_seeds_of_a_task_are_pooled():
     """Two seeds become one line with all their episodes and each seed's own success; their order does not matter."""
-    row = dict(task="turn_on_led", before=[0, 0, 0, 1], after=[1, 1, 1, 1], dream_before=0.5, dream=1.0, curve={}, replay_share={"turn_on_led": 0.8}, trust=[[3, 1], [0, 6]],
+    row = dict(task="turn_on_led", before=[0, 0, 0, 1], after=[1, 1, 1, 1], dream_before=0.5, dream=1.0, curve={}, replay_share={"turn_on_led": 0.8}, trust={"play": [[3, 1], [0, 6]]},
                classifier=[1.0, 0.5], minutes={"wm": 20})
-    other = dict(row, seed=1, before=[1, 1, 0, 1], after=[1, 1, 0, 1], replay_share={"turn_on_led": 0.6}, trust=[[1, 1], [2, 6]], minutes={"wm": 30})
+    other = dict(row, seed=1, before=[1, 1, 0, 1], after=[1, 1, 0, 1], replay_share={"turn_on_led": 0.6}, trust={"play": [[1, 1], [2, 6]]}, minutes={"wm": 30})
     line = report.table([other, dict(row, seed=0)])[2]
     assert line == report.table([dict(row, seed=0), other])[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:3] == ["turn_on_led", "0, 1", "8"] and cells[3].startswith("50 % [") and cells[3].endswith("(25, 75)") and cells[4].endswith("(100, 75)") and cells[5].startswith("+38")
-    assert cells[7] == "0.70" and cells[8] == "4 of 6, 2 of 14" and cells[11] == "25"
+    assert cells[7] == "0.70" and cells[8] == "4 of 6 in play; 2 of 14" and cells[11] == "25"
