@@ -159,7 +159,7 @@ def window_starts(episodes, length):
     """First frames of all windows of `length` frames that stay inside one episode.  episodes: [E, 2], ends inclusive -> [W] i64."""
     starts = [np.arange(a, b - length + 2) for a, b in episodes if b - a + 1 >= length]
     if not starts:
-        raise InputError(f"no episode is {length} frames long: record longer episodes or choose a smaller --wm_length or --play_episode")
+        raise InputError(f"no episode is {length} frames long: record longer episodes or choose a smaller --wm_length, --wm_stride or --play_episode")
     return np.concatenate(starts)
 
 

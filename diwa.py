@@ -13,7 +13,8 @@ Read it top to bottom; each section is one idea (what every program needs and no
     4 Reward          a classifier that recognises success     8 Stages    the pipeline, one function each
 
 Symbols: B batch (dreams), T time steps, H chunk length, A = 7 action numbers, K denoising steps (K' of them fine-tuned),
-    h deterministic and z stochastic latent, F = size of the feature [h, z, c].  W windows, P moments, M recorded frames, E size of an embedding.
+    h deterministic and z stochastic latent, F = size of the feature [h, z, c], E = size of an embedding, S = side of an image.
+    W windows of a recording, P moments in them, M frames to start from.
     target: the pose that the arm has been told to reach, in m and rad; command c: the same in a network's units, and the gripper.
 
 One action = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad a unit), gripper (-1 close, +1 open), 30 a second.
@@ -22,8 +23,8 @@ Where this file departs from the papers, on purpose (each is a flag or a comment
     - dreams start from *recorded* frames, also from the middle of attempts; the official code resets the simulator for each first frame;
     - practice is short, a fixed number of iterations: once dreams hardly fail, more of it exploits the world model;
     - one step of the world model spans two control steps: half as many guesses for the same future, and cheaper dreams;
-    - the transition is told the commanded pose c, because CALVIN's arm follows a target that accumulates the actions, and sines of it;
-    - each dream misplaces the arm by a few millimetres, about as much as a dream can be trusted, and its success must last for two frames;
+    - the transition is told the commanded pose c, because CALVIN's arm chases a target to which each action adds, and sines of that pose;
+    - each dream misplaces the arm by a few millimetres, so that the policy keeps a margin, and success must show in two steps of the model running;
     - the preset `cpu` learns on linear codes of the frames and Gaussian latents; `gpu` and `paper` use convolutions and categoricals;
     - the prior is also trained open loop, because that is how it is used in a dream;
     - the classifier compares the current feature with the first one, because CALVIN's task rules do.
@@ -99,10 +100,10 @@ class Config:
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3)
     wm_balance: float = 0.8         # share of the KL that trains the prior (paper: 0.8)
-    wm_free: float = 0.0            # free nats a frame, DreamerV3 (paper: 0)
+    wm_free: float = 0.0            # free nats a step, DreamerV3 (paper: 0)
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
-    wm_context: int = 5             # open loop starts after 1..wm_context watched frames
+    wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera in the image loss: it has three quarters of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
@@ -130,7 +131,7 @@ class Config:
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
     ft_starts: float = 0.75         # dreams start in this first part of a demonstration, up to success or so (0 = first frames only) ...
-    ft_play: float = 0.06           # ... and on this share of play's frames, those that look most like it, misses among them: three of four dreams (0 = none)
+    ft_play: float = 0.06           # ... and on this share of play's frames, those that look most like a demonstration, after misses too: three of four starts (0 = none)
     ft_shift: float = 0.006         # each dream misplaces the arm by so much (m, std; unseen): what succeeds by a hair does not pay (paper: 0)
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
@@ -155,7 +156,7 @@ class Config:
 PRESETS = {
     "cpu": {},
     "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
-                wm_length=50, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256),
+                wm_length=25, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
                   wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_octaves=0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
@@ -182,9 +183,9 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 #        z_t  ~ posterior(h_t, embedding of frame t)         what it does look like                  <- the robot uses this one
 #        frame_t ~ decoder(h_t, z_t, c_t)
 #
-#    Alignment matters: step t consumes what was executed BEFORE frame t: the last wm_stride actions a and the commands c that they led to, because
-#    one step looks so many control steps ahead (the feature keeps the last command).  Every training sequence starts from the zero state, because
-#    that is how each dream and each deployment starts.
+#    One step of the model is wm_stride control steps: a_{t-1} and c_t are all the actions between two frames and the commands that they led to
+#    (the feature and the decoder take the last command).  Alignment matters: step t consumes what was executed BEFORE frame t.  Every training
+#    sequence starts from the zero state, because that is how each dream and each deployment starts.
 # ======================================================================================================================
 
 def mlp(sizes, activation=nn.ELU, norm=True):
@@ -348,7 +349,7 @@ class WorldModel(nn.Module):
         self.register_buffer("lead", torch.ones(()))        # 1 or 0: does the target remember what the arm has not reached yet?  See Recording
 
     def embed(self, obs):
-        """obs: proprio [..., 15] and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E + 15]."""
+        """obs: proprio [..., 15] and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E]; its last 15 numbers are the proprioception."""
         if self.codec:
             codes = obs["codes"] if "codes" in obs else self.codec.encode(obs["rgb_static"], obs["rgb_gripper"])
             seen = self.codec.whiten(codes)
@@ -380,7 +381,7 @@ class WorldModel(nn.Module):
 
         embedding [B, T, E], action and command [B, T, stride * 7] (what led to the frame); context: [B] number of frames that the
         dreaming stream may watch before it closes its eyes, or None for no such stream.
-        Returns posterior features [B, T, F], (posteriors, priors) [B, T, S], dreamed features [B, T, F] or None."""
+        Returns posterior features [B, T, F], (posteriors, priors) [B, T, stats_size], dreamed features [B, T, F] or None."""
         B, T = action.shape[:2]
         streams = 1 if context is None else 2
         h, z = self.initial(streams * B, action.device)
@@ -662,16 +663,16 @@ def ema_update(average, net, decay, step):
         a.lerp_(b, 1 - decay)
 
 def demonstration_views(cfg, wm, recording, offsets=7, draws=2):
-    """Every moment of every demonstration until just after its success, seen from starts every `offsets` frames (odd, or a stride of 2 would skip
-    every other moment): as the posterior filters it and as the prior dreams it.  A deployed policy starts from the zero state, a dreamed one sees prior features: it is cloned on what it will meet.
+    """The moments of every demonstration until just after its success, seen from starts every `offsets` frames (odd, so that with a stride of 2 windows take
+    turns with even and odd moments): as the posterior filters them and as the prior dreams them.  The robot's policy sees the former, PPO's the latter.
 
     What follows success is another task's beginning: counted as success, it teaches the classifier where arms go afterwards.
     Returns feature, first feature of the same window [P, F], frame numbers [P], start frames [P]."""
     segments = [(a, b) for _, a, b in recording.ds.segments]
     for i, (a, b) in enumerate(segments):
         done = np.flatnonzero(calvin_sim.success(cfg.task, recording.scene[a], recording.scene[a:b + 1]))
-        segments[i] = (a, min(b, a + done[0] + 4) if len(done) else b)                               # four frames show success
-    starts = np.array([(s, b) for a, b in segments for s in range(a, b - 3, offsets)])               # at least four frames a view
+        segments[i] = (a, min(b, a + done[0] + 4) if len(done) else b)                               # success shows in it and in four more frames
+    starts = np.array([(s, b) for a, b in segments for s in range(a, b - 3, offsets)])               # at least five frames a view
     length = int((starts[:, 1] - starts[:, 0]).max()) + 1
     feature, first, frame, start = [], [], [], []
     for _ in range(draws):
@@ -758,8 +759,8 @@ class DreamEnv:
 
     @torch.no_grad()
     def step(self, chunk):
-        first, age, shift, now = self.state["first"], self.state["age"] + 1, self.state["shift"], self.state
-        now, reward = dream_chunk(self.wm, self.classifier, now, first, executed(chunk), shift)
+        first, age, shift = self.state["first"], self.state["age"] + 1, self.state["shift"]
+        now, reward = dream_chunk(self.wm, self.classifier, self.state, first, executed(chunk), shift)
         final = feature_of(now)                                                                       # [B, F]
         terminated = reward > 0
         truncated = (age >= self.horizon) & ~terminated
@@ -777,16 +778,16 @@ def dream_step(wm, state, action, shift=0.0):
     target, lead, told = state["target"], wm.lead, []
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else target
     for a in action.unbind(1):
-        target, lead = advance_target(target, a, tcp, lead), 1              # within a step the arm is not measured again: the target goes on from itself
+        target, lead = advance_target(target, a, tcp, lead), 1              # within a step the arm is not measured again: the target's lead is bounded from where it was
         command = encode_command(target, a[:, 6:])
         told.append(command + shift)
     h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(told, -1))
     return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
 
 def dream_chunk(wm, classifier, state, first, chunk, shift=0.0):
-    """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two imagined frames both look like success.
+    """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two steps of the model both look like success.
 
-    One frame would do for a robot; in a dream the sampled latent makes things flicker, and a policy learns to wait for the flicker."""
+    One would do for a robot; in a dream the sampled latent makes things flicker, and a policy learns to wait for the flicker."""
     for action in chunk.split(wm.cfg.wm_stride, 1):
         before, state = state, dream_step(wm, state, action, shift)
     return state, classifier.success(first, feature_of(before)) * classifier.success(first, feature_of(state))
@@ -1085,7 +1086,7 @@ def stage_reward(cfg):
         return metrics
 
     partial = train(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), update, every=50)
-    def verdict(feature):                                   # [W, T, F]: does it fire in any two frames running?  dream_chunk looks at a chunk's last two
+    def verdict(feature):                                   # [W, T, F]: does it fire in any two steps running?  dream_chunk looks at a chunk's last two
         with torch.no_grad():
             fires = model.success(feature[:, :1].expand_as(feature), feature)
         return (fires[:, 1:] * fires[:, :-1]).any(1).cpu().numpy()

@@ -49,7 +49,7 @@ class Recording:
     def __init__(self, cfg, dataset, wm=None):
         self.cfg, self.ds = cfg, dataset
         robot, actions = np.array(dataset["robot_obs"]), np.array(dataset["rel_actions"])
-        # CALVIN's own recordings hold differences of measured poses, not commands: nothing is known of a target that leads the arm
+        # CALVIN's own recordings hold the measured motion, not the command: how far the target led the arm is unknown
         self.lead = dataset.meta.get("source") != "calvin"
         target = commanded_targets(robot, actions, dataset.episodes, self.lead)                       # [N, 6]
         before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])                         # the action executed before the frame

@@ -103,7 +103,7 @@ def main():
     speed = rate(update)
     rows.append(("world model training, frames/s", speed * cfg.wm_batch * cfg.wm_length, speed * flops(update) / peak))
     env, chunk = dream(cfg, wm), torch.randn(cfg.ft_dreams, cfg.bc_chunk, 7)
-    rows.append(("imagined steps/s", rate(lambda: env.step(chunk)) * cfg.ft_dreams * cfg.bc_chunk, None))
+    rows.append(("imagined control steps/s", rate(lambda: env.step(chunk)) * cfg.ft_dreams * cfg.bc_chunk, None))
     update, samples = ppo_update(cfg, wm)
     speed = rate(update)
     rows.append(("PPO chain samples/s", speed * samples, speed * flops(update) / peak))

@@ -72,7 +72,7 @@ def test_trust_counts_attempts_by_truth_and_verdict():
         return calvin_sim.success("close_drawer", feature[:, :1].numpy(), feature.numpy()).any(1)
     length, rng = 10, np.random.default_rng(0)
     tables = report.trust("close_drawer", honest, play, replay, views, length, rng)
-    assert tables == dict(demonstrations=[[0, 0], [0, 1]], play=[[0, 0], [0, 9]]), "in 10 frames it closes by less than .12: 8 starts with room, 1 left alone, 1 demonstration"
+    assert tables == dict(demonstrations=[[0, 0], [0, 0]], play=[[0, 0], [0, 9]]), "in 10 frames it closes by less than .12: 8 starts with room, 1 left alone; the demonstration is cut before it succeeds"
     length = 19
     tables = report.trust("close_drawer", optimist, play, replay, views, length, rng)
     assert tables == dict(demonstrations=[[1, 0], [0, 0]], play=[[2, 0], [0, 0]]), "2 windows of 19 frames and the demonstration"
