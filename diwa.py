@@ -1058,8 +1058,7 @@ def stage_reward(cfg):
         raise InputError(f"no demonstration of {cfg.task} fulfils the task's rule, so nothing shows what success is: are the segments and scene_obs of {output(cfg, 'demos')} right?")
     groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
     if cfg.reward_labels != "demos":
-        begin = window_starts(play.ds.split(0.1)[0], length)
-        seen, dreamed, frames = views(wm, play, rng.choice(begin, min(1500, len(begin) // 20)), length)
+        seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split(0.1)[0], length), min(1500, 50 * cfg.demo_count)), length)
         pick = rng.integers(1, frames.shape[1], (len(frames), 12))                                    # 12 moments a window
         rows = np.arange(len(frames))[:, None]
         for f in (seen, dreamed):
