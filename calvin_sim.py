@@ -519,13 +519,13 @@ class Expert:
     """Follows noisy waypoints by relative actions: act(robot_obs [15], scene_obs [24]) -> action [7].
 
     It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions.
-    `error` (m) displaces the whole attempt: that is a near miss or a miss. `haste` speeds it up.
+    `error` (m) displaces the whole attempt, mostly sideways: a near miss or a miss. `haste` speeds it up, `touch` bounds the pace at the handle.
     """
 
-    def __init__(self, task_name, rng, error=0.0, haste=1.0):
+    def __init__(self, task_name, rng, error=0.0, haste=1.0, touch=1.0):
         self.skill = SKILLS[task_name][0 if rng.random() < 0.65 else -1]
-        direction = rng.normal(size=3)
-        self.error, self.rng, self.haste = error * direction / np.linalg.norm(direction), rng, haste
+        direction = rng.normal(0, (1.5, 0.8, 0.6))
+        self.error, self.rng, self.haste, self.touch = error * direction / np.linalg.norm(direction), rng, haste, touch
         self.queue, self.path, self.noise, self.target = [], None, np.zeros(6), None
         self.plan()
 
@@ -570,6 +570,8 @@ class Expert:
         pace = self.pace * (point.slow if point else 1.0)
         if point and point.at is not None:               # in contact a hurried arm slips off the handle
             pace = min(pace, 0.65 if self.skill.joint == SLIDER else 0.8)
+        if point and (point.precise or point.at is not None):
+            pace = min(pace, self.touch)
         steps = max(np.linalg.norm(delta[:3]) / MAX_REL_POS, np.abs(delta[3:]).max() / MAX_REL_ORN) / pace
         bow = rng.normal(0, 0.16, 3) * np.linalg.norm(delta[:3]) * (0.3 if point and point.at is not None else 1.0)
         pause = rng.integers(3, 11) if rng.random() < 0.22 / self.haste ** 2 else 0
@@ -640,14 +642,14 @@ def _next_task(scene, last, rng):
 
 
 def play_episode(sim, seed, length):
-    """`length` frames of play, a third of it near misses -> episode of arrays [length, ...]. A function of the seed."""
+    """`length` frames of play, half of the attempts near misses or misses -> episode of arrays [length, ...]. A function of the seed."""
     rng, name = np.random.default_rng([seed, 0, 2]), None
     recorder = _Recorder(sim, sample_start(list(TASKS)[rng.integers(len(TASKS))], rng))
     while recorder.length < length:
         before = recorder.obs["scene_obs"]
         name = _next_task(before, name, rng)
-        error = rng.uniform(0.01, 0.06) if rng.random() < 0.33 else 0.0
-        expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8))
+        error = rng.uniform(0.01, 0.12) if rng.random() < 0.5 else 0.0
+        expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8), touch=rng.uniform(0.4, 0.95))
         expert.skip_ahead(recorder.obs["robot_obs"], before)
         patience = int(rng.integers(5, 30)) if rng.random() < 0.08 else 60
         while recorder.length < length and not expert.done and patience > 0:

@@ -49,9 +49,9 @@ import calvin_sim
 import report
 from calvin_sim import TASKS, advance_target
 from data import Dataset, InputError, action_chunks, window_starts, write_atomic
-from evaluate import evaluate
+from evaluate import dream_evaluation, evaluate
 from recording import Recording, decode_pose, encode_command, encode_proprio
-from runs import (STAGES, Log, Snapshots, check_config, load, output, pack_recorded, parse, read_log, record, restore, save, seed_everything, stamp, stamp_of,
+from runs import (STAGES, Log, Snapshots, check_config, cosine_lr, load, output, pack_recorded, parse, read_log, record, restore, save, seed_everything, stamp, stamp_of,
                   train, use_given_demos, use_given_play, versions)
 
 # ======================================================================================================================
@@ -75,7 +75,7 @@ class Config:
     data: str = ""                  # a recorded dataset, see data.py: its frames are the play, its task segments the demonstrations
     image_size: int = 64            # pixels a side of both cameras (paper: 64)
     # play: task-agnostic interaction, the world model's only food
-    play_frames: int = 90_000       # recorded frames (paper: 500,000)
+    play_frames: int = 180_000      # recorded frames (paper: 500,000)
     play_episode: int = 250         # frames of one episode
     play_replay: int = 20           # expert demonstrations a task, all eight tasks, that only judge the world model
     # demos: what the policy is cloned from
@@ -102,6 +102,7 @@ class Config:
     wm_balance: float = 0.8         # share of the KL that trains the prior (paper: 0.8)
     wm_free: float = 0.0            # free nats a step, DreamerV3 (paper: 0)
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
+    wm_noise: float = 0.05          # noise on codes and commands while it learns (5 mm), three times that on actions (paper: 0)
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera in the image loss: it has three quarters of the variance (paper: 1)
@@ -126,7 +127,7 @@ class Config:
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
     reward_play: float = 0.5        # weight of a play pair in the cross-entropy
     # ft: PPO in the dream, sections 5 and 6
-    ft_iterations: int = 12         # rollout + update; more of them find the holes of the dream (paper: about 770, at a tenth of the learning rate)
+    ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
@@ -147,7 +148,7 @@ class Config:
     ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
     ft_value: float = 0.5           # weight of the value loss (paper: .5)
     ft_bc: float = 0.05             # alpha_BC, pull towards the frozen policy's chains (paper: .05)
-    ft_snapshot: int = 3            # keep the weights every so many iterations, for the learning curve
+    ft_snapshot: int = 9            # keep the weights every so many iterations, for the learning curve
     # eval
     eval_episodes: int = 100        # paired start states, before and after (paper: 29-48)
     eval_curve: int = 40            # start states, others, for the learning curve
@@ -158,7 +159,7 @@ PRESETS = {
     "gpu": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=20_000, wm_batch=50,
                 wm_length=25, wm_lr=3e-4, bc_hidden=512, bc_updates=10_000, ft_dreams=256),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
-                  wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_octaves=0, play_frames=500_000,
+                  wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_noise=0.0, wm_octaves=0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
                   ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_shift=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5,
                   ft_gamma=0.999, ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
@@ -166,12 +167,6 @@ PRESETS = {
                   wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150, reward_hidden=64, reward_updates=60, ft_iterations=3,
                   ft_dreams=16, ft_epochs=2, ft_warmup=1, ft_snapshot=2, eval_episodes=8, eval_curve=4),
 }
-
-def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
-    """Linear warm-up, then half a cosine from peak to floor * peak."""
-    rise, fall = min(1.0, (step + 1) / warmup), floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total))
-    for group in optimizer.param_groups:
-        group["lr"] = peak * rise * fall
 
 
 # ======================================================================================================================
@@ -352,10 +347,14 @@ class WorldModel(nn.Module):
         """obs: proprio [..., 15] and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E]; its last 15 numbers are the proprioception."""
         if self.codec:
             codes = obs["codes"] if "codes" in obs else self.codec.encode(obs["rgb_static"], obs["rgb_gripper"])
-            seen = self.codec.whiten(codes)
+            seen = self.blur(self.codec.whiten(codes))
         else:
             seen = self.conv(obs["rgb_static"], obs["rgb_gripper"])
         return torch.cat([self.fuse(seen), obs["proprio"]], -1)
+
+    def blur(self, x, scale=1):
+        """Noise while learning, or forty passes over the play teach sequences by heart, and contact only where it was recorded."""
+        return x + scale * self.cfg.wm_noise * torch.randn_like(x) if self.training and self.cfg.wm_noise else x
 
     def initial(self, batch, device):
         return torch.zeros(batch, self.cfg.wm_h, device=device), torch.zeros(batch, latent_size(self.cfg), device=device)
@@ -385,7 +384,7 @@ class WorldModel(nn.Module):
         B, T = action.shape[:2]
         streams = 1 if context is None else 2
         h, z = self.initial(streams * B, action.device)
-        moved = self.moved(action, command).repeat(streams, 1, 1)              # both streams in one batch
+        moved = self.moved(self.blur(action, 3), self.blur(command)).repeat(streams, 1, 1)                # both streams in one batch
         seen = self.post_e(embedding)                       # everything that needs no recurrence is done for all T at once
         hs, zs, posts, priors = [], [], [], []
         for t in range(T):
@@ -1049,7 +1048,8 @@ def stage_bc(cfg):
 def stage_reward(cfg):
     """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
     wm, demos = load_world_model(cfg), load(cfg, "demos")
-    recording, play, replay = (Recording(cfg, dataset, wm) for dataset in (demos, load(cfg, "play"), Dataset(output(cfg, "play").with_name("replay"))))
+    recording, replay = (Recording(cfg, dataset, wm) for dataset in (demos, Dataset(output(cfg, "play").with_name("replay"))))
+    play = Recording(cfg, load(cfg, "play"))                # little of it is looked at: no codes in advance
     length = min(73, cfg.play_episode - 1)                  # as in stage_wm
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     feature, first, frame, start = demonstration_views(cfg, wm, recording)
@@ -1107,15 +1107,16 @@ def dream_starts(cfg, wm):
     The policy was cloned on those very demonstrations and hardly fails there; play shows the same situations anew, and also what demonstrations
     never show: an arm that has just missed.  A dream glosses over a miss, but not when it starts after one.  Likeness is a ridge
     regression on embeddings, demonstration against play: no label, no scene state.  -> embedding [M, E], command [M, 7], target [M, 6]"""
-    demos, play = Recording(cfg, load(cfg, "demos"), wm), Recording(cfg, load(cfg, "play"), wm)
+    demos, play = Recording(cfg, load(cfg, "demos")), Recording(cfg, load(cfg, "play"))
     begin = np.concatenate([np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments])
     def rows(recording, frames):                            # [n, E], [n, 7], [n, 6]
-        batches = [recording.batch(part[:, None]) for part in np.array_split(frames, len(frames) // 2000 + 1)]
-        return (torch.cat([wm.embed(b)[:, 0] for b in batches]), torch.cat([b["command"][:, 0, -7:] for b in batches]), recording.target[torch.from_numpy(frames)].to(cfg.device))
+        batches = (recording.batch(part[:, None]) for part in np.array_split(frames, len(frames) // 2000 + 1))
+        embedding, command = zip(*[(wm.embed(b)[:, 0], b["command"][:, 0, -7:]) for b in batches])
+        return torch.cat(embedding), torch.cat(command), recording.target[torch.from_numpy(frames)].to(cfg.device)
     near = rows(demos, begin)
     if not cfg.ft_play:
         return near
-    every = rows(play, np.arange(len(play.ds)))
+    every = rows(play, np.arange(0, len(play.ds), cfg.wm_stride))
     x = F.pad(torch.cat([near[0], every[0]]), (0, 1), value=1.0).double()
     y = torch.arange(len(x), device=x.device) < len(begin)
     weight = torch.where(y, len(every[0]) / len(begin), 1.0).double()[:, None]                        # both sides count the same
@@ -1169,20 +1170,6 @@ def stage_eval(cfg):
     curve = {"0" if policy == "bc" else policy: float(np.mean([r["success"] for r in episodes])) for policy, episodes in others.items()}
     content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
     write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
-
-def dream_evaluation(cfg):
-    """Without a simulator: before and after in the dream, from the recorded first frames of the judging demonstrations.  -> results, dream_success"""
-    replay = Dataset(output(cfg, "play").with_name("replay"))
-    begin = np.array([a for task, a, _ in replay.segments if task == cfg.task])
-    frames, results = begin[np.arange(cfg.eval_episodes) % len(begin)], {}
-    for policy in ("bc", "tuned"):
-        seed_everything("evaluate", cfg.seed)
-        wm, actor, classifier = load_policy(cfg, policy)
-        agent = Agent(cfg, wm, actor)
-        agent.reset(len(frames))
-        first = agent.observe({key: replay[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
-        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, wm, actor, classifier, agent.state, first))]
-    return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])))
 
 @torch.no_grad()
 def stage_report(cfg):

@@ -1,4 +1,4 @@
-"""evaluate.py: policies meet a simulator, each from the same start states.  Only here, and never on the way from recordings to a tuned policy.
+"""evaluate.py: policies meet a simulator (or, without one, a dream), each from the same start states.  Only here, and never on the way from recordings to a tuned policy.
 
 SimEnv, at the end, is the road that DiWA does not take: the same PPO on a simulator instead of a dream.
 """
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import calvin_sim
-from runs import in_processes, make_sim, seed_everything, sim_of
+from data import Dataset
+from runs import in_processes, make_sim, output, seed_everything, sim_of
 
 
 def evaluation_job(job):
@@ -85,6 +86,22 @@ def evaluate(cfg, policies, seeds, record=0):
     for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation")):
         results[job["policy"]] += episodes
     return results
+
+
+def dream_evaluation(cfg):
+    """Without a simulator: before and after in the dream, from the recorded first frames of the judging demonstrations.  -> results, dream_success"""
+    from diwa import Agent, dream_on, load_policy
+    replay = Dataset(output(cfg, "play").with_name("replay"))
+    begin = np.array([a for task, a, _ in replay.segments if task == cfg.task])
+    frames, results = begin[np.arange(cfg.eval_episodes) % len(begin)], {}
+    for policy in ("bc", "tuned"):
+        seed_everything("evaluate", cfg.seed)
+        wm, actor, classifier = load_policy(cfg, policy)
+        agent = Agent(cfg, wm, actor)
+        agent.reset(len(frames))
+        first = agent.observe({key: replay[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
+        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, wm, actor, classifier, agent.state, first))]
+    return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])))
 
 
 class SimEnv:

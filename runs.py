@@ -174,6 +174,13 @@ def restore(cfg, stage, state):
     return content["done"]
 
 
+def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
+    """Linear warm-up, then half a cosine from peak to floor * peak."""
+    rise, fall = min(1.0, (step + 1) / warmup), floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total))
+    for group in optimizer.param_groups:
+        group["lr"] = peak * rise * fall
+
+
 def train(cfg, stage, total, state, update, every=20):
     """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.  -> path of the partial checkpoint, to be deleted
 
