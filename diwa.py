@@ -21,12 +21,12 @@ One action = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad a unit), gripp
 
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line):
     - dreams start from *recorded* frames, also from the middle of attempts; the official code resets the simulator for each first frame;
-    - practice is short, a fixed number of iterations: once dreams hardly fail, more of it exploits the world model;
+    - practice is short, at ten times the learning rate: a fixed number of iterations, because dreams cannot tell when practice begins to exploit them;
     - one step of the world model spans two control steps: half as many guesses for the same future, and cheaper dreams;
     - the transition is told the commanded pose c, because CALVIN's arm chases a target to which each action adds, and sines of that pose;
     - each dream misplaces the arm by a few millimetres, so that the policy keeps a margin, and success must show in two steps of the model running;
     - the preset `cpu` learns on linear codes of the frames and Gaussian latents; `gpu` and `paper` use convolutions and categoricals;
-    - the prior is also trained open loop, because that is how it is used in a dream;
+    - the prior is also trained open loop, because that is how it is used in a dream, and with noisy inputs, or it learns the play by heart;
     - the classifier compares the current feature with the first one, because CALVIN's task rules do.
 Sources: DiWA arXiv 2508.03645; DPPO arXiv 2409.00588; DreamerV2 arXiv 2010.02193; PPO arXiv 1707.06347; LUMOS arXiv 2503.10370.
 """

@@ -835,6 +835,22 @@ def test_rollout_is_causal(latent, which):
         assert (a[:, 3] - b[:, 3]).abs().amax(-1).min() > 1e-4                              # every row, at once
 
 
+def test_noise_only_while_learning(monkeypatch):
+    """Codes and commands get wm_noise and actions three times as much, fresh at each step, and only in training; the features hold the clean command."""
+    cfg, wm, _, rec = recorded(wm_noise=0.05)
+    batch, told = rec.batch(np.tile(np.arange(0, 20), (40, 1))), []
+    hear = wm.moved
+    monkeypatch.setattr(wm, "moved", lambda action, command: told.append((action, command)) or hear(action, command))
+    for learning in (True, False):
+        wm.train(learning)
+        feature, _, _ = wm.rollout(wm.embed(batch), batch["action"], batch["command"])
+        assert torch.equal(feature[..., -7:], batch["command"][..., -7:])
+        assert torch.equal(wm.embed(batch), wm.embed(batch)) == (not learning)
+    for noisy, clean, key, std in zip(told[0], told[1], ("action", "command"), (0.15, 0.05)):
+        assert torch.equal(clean, batch[key]) and abs((noisy - batch[key]).std() / std - 1) < 0.03
+        assert abs((noisy - batch[key]).mean(1).std() * 20 ** 0.5 / std - 1) < 0.1
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_rollout_by_hand(no_noise, stride):
     """h_t = GRU(h_{t-1}, [z_{t-1}, a_t, c_t]) from zero; z_t from the posterior while watching, from the prior once the eyes are closed."""

@@ -85,6 +85,24 @@ def test_episode_is_a_function_of_its_seed(sim):
     fresh.close()
 
 
+def test_play_has_misses_of_every_size(sim, monkeypatch):
+    """About half of the attempts are displaced, mostly across, by 1 to 12 cm, and the pace at the handle varies: what play has not shown, no dream knows."""
+    attempts = []
+    class Watched(cs.Expert):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            attempts.append((*np.abs(self.error), self.touch))
+    monkeypatch.setattr(cs, "Expert", Watched)
+    for seed in range(12):
+        cs.play_episode(sim, seed, 250)
+    x, y, z, touch = np.array(attempts).T
+    size = np.sqrt(x ** 2 + y ** 2 + z ** 2)
+    assert len(size) > 60 and 0.35 < (size > 0).mean() < 0.65
+    missed = size[size > 0]
+    assert 0.01 <= missed.min() < 0.03 and 0.1 < missed.max() <= 0.12 and x.sum() > y.sum() > z.sum()
+    assert 0.4 <= touch.min() < 0.5 and 0.85 < touch.max() <= 0.95
+
+
 def test_recorded_state_is_restored(camera_sim):
     episode, _ = cs.demo_episode(camera_sim, "move_slider_left", 0)
     for t in (0, 20, len(episode["rel_actions"]) - 1):
