@@ -36,7 +36,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +50,7 @@ from calvin_sim import TASKS, advance_target
 from data import Dataset, InputError, action_chunks, window_starts, write_atomic
 from evaluate import dream_evaluation, evaluate
 from recording import Recording, decode_pose, encode_command, encode_proprio
-from runs import (STAGES, Log, Snapshots, check_config, cosine_lr, load, output, pack_recorded, parse, read_log, record, restore, save, seed_everything, stamp, stamp_of,
+from runs import (STAGES, Snapshots, check_config, cosine_lr, load, output, pack_recorded, parse, read_log, record, restore, run_stage, save, seed_everything, stamp,
                   train, use_given_demos, use_given_play, versions)
 
 # ======================================================================================================================
@@ -1193,19 +1192,6 @@ def stage_report(cfg):
 # 9  Command line
 # ======================================================================================================================
 
-def run_stage(cfg, stage):
-    began, path = time.time(), output(cfg, stage)
-    if stamp_of(cfg, stage) == stamp(cfg, stage):
-        print(f"{stage}: {path} is there for the same settings, skipped")
-        return
-    for other in STAGES[stage][1]:
-        load(cfg, other)
-    print(f"{stage}: writes {path}")
-    globals()[f"stage_{stage}"](cfg)
-    minutes = (time.time() - began) / 60
-    Log(cfg, stage)(0, dict(minutes=minutes))
-    print(f"{stage}: done in {minutes:.1f} min", flush=True)
-
 def main(argv=None):
     try:
         cfg = check_config(parse(argv, Config, PRESETS, __doc__.split("\n\n")[0], f"tasks: {', '.join(TASKS)}"))
@@ -1215,7 +1201,7 @@ def main(argv=None):
         for task in tasks:
             cfg = dataclasses.replace(cfg, task=task)
             for stage in stages:
-                run_stage(cfg, stage) if stage in STAGES else stage_report(cfg)
+                run_stage(cfg, stage, globals()[f"stage_{stage}"]) if stage in STAGES else stage_report(cfg)
         if len(tasks) > 1 and "report" in stages:
             print("\n".join(["", *report.table([json.loads((folder / f"result_{task}.json").read_text()) for task in tasks])]))
     except InputError as error:

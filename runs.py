@@ -252,6 +252,21 @@ class Log:
             f.writelines(",".join([*self.key, str(step), name, f"{value:.6g}"]) + "\n" for name, value in metrics.items())
 
 
+def run_stage(cfg, stage, work):
+    """Do a stage, work(cfg), unless its output is there for the same settings; what it reads is checked first."""
+    began, path = time.time(), output(cfg, stage)
+    if stamp_of(cfg, stage) == stamp(cfg, stage):
+        print(f"{stage}: {path} is there for the same settings, skipped")
+        return
+    for other in STAGES[stage][1]:
+        load(cfg, other)
+    print(f"{stage}: writes {path}")
+    work(cfg)
+    minutes = (time.time() - began) / 60
+    Log(cfg, stage)(0, dict(minutes=minutes))
+    print(f"{stage}: done in {minutes:.1f} min", flush=True)
+
+
 def read_log(cfg, stage, metric):
     """(steps, values) of one metric of a stage."""
     path, key = Path(cfg.runs) / cfg.run / "log.csv", [stage, cfg.task if STAGES[stage][2] else ""]

@@ -17,7 +17,7 @@ import evaluate
 import report
 import runs
 
-TINY = ["--preset", "smoke", "--device", "cpu"]
+TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
 SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2"]   # where only the plumbing is tested
 
 
@@ -197,7 +197,8 @@ def test_all_tasks_share_play_and_world_model(done, tmp_path, monkeypatch, capsy
     """--task all goes through the stages task by task and ends with one table."""
     asked = []
 
-    def stage(cfg, name):
+    def stage(cfg, name, work):
+        assert work is getattr(diwa, f"stage_{name}")
         asked.append((cfg.task, name))
 
     def written(cfg):
