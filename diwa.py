@@ -1,6 +1,6 @@
 """DiWA in one file: a diffusion policy that improves by practising inside a learned world model.
 
-    python diwa.py --stage all                     # everything, in about half an hour on two slow CPU cores, ends with runs/cpu/report.md
+    python diwa.py --stage all                     # everything, in 38 minutes on one slow CPU core, less on two, ends with runs/cpu/report.md
     python diwa.py --stage all --preset smoke      # the same loop in less than a minute, to see that it installs (the numbers mean nothing)
     python diwa.py --stage all --task turn_on_led  # another of the eight tasks; play and world model are reused
     python diwa.py --help                          # every setting, its default and the paper's value
@@ -62,7 +62,7 @@ from runs import (STAGES, Snapshots, check_config, cosine_lr, load, output, pack
 class Config:
     stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report, or all of them in this order
     preset: str = "auto"            # cpu, gpu, paper or smoke; auto = gpu where CUDA is, else cpu
-    task: str = "close_drawer"      # one of CALVIN's eight articulated-object tasks, see --help; or all of them
+    task: str = "move_slider_right" # one of CALVIN's eight articulated-object tasks, see --help; or all of them
     run: str = ""                   # name of the run folder; default: the preset's name
     runs: str = "runs"              # where run folders are kept
     device: str = "auto"            # cpu, cuda or auto
