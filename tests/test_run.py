@@ -72,7 +72,7 @@ def test_second_run_skips_everything(done, capsys):
 
 def test_run_remembers_its_settings(done):
     """Without --preset the run's own config.json counts, so a later command does not silently change the settings."""
-    assert diwa.main(["--run", "smoke", "--runs", str(done), "--device", "cpu", "--stage", "report"]) == 0
+    assert diwa.main(["--run", "smoke", "--runs", str(done), "--device", "cpu", "--task", "close_drawer", "--stage", "report"]) == 0
 
 
 def test_changed_setting_is_named(done, capsys):
