@@ -570,7 +570,7 @@ class Expert:
         pace = self.pace * (point.slow if point else 1.0)
         if point and point.at is not None:               # in contact a hurried arm slips off the handle
             pace = min(pace, 0.65 if self.skill.joint == SLIDER else 0.8)
-        if point and (point.precise or point.at is not None):
+        if point and (point.precise or point.at is not None):     # play hurries through the room, not always at the handle
             pace = min(pace, self.touch)
         steps = max(np.linalg.norm(delta[:3]) / MAX_REL_POS, np.abs(delta[3:]).max() / MAX_REL_ORN) / pace
         bow = rng.normal(0, 0.16, 3) * np.linalg.norm(delta[:3]) * (0.3 if point and point.at is not None else 1.0)

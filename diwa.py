@@ -101,7 +101,7 @@ class Config:
     wm_balance: float = 0.8         # share of the KL that trains the prior (paper: 0.8)
     wm_free: float = 0.0            # free nats a step, DreamerV3 (paper: 0)
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
-    wm_noise: float = 0.05          # noise on codes and commands while it learns (5 mm), three times that on actions (paper: 0)
+    wm_noise: float = 0.05          # noise on linear codes and commands (5 mm) while it learns, three times that on actions (paper: 0)
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera in the image loss: it has three quarters of the variance (paper: 1)
@@ -352,7 +352,7 @@ class WorldModel(nn.Module):
         return torch.cat([self.fuse(seen), obs["proprio"]], -1)
 
     def blur(self, x, scale=1):
-        """Noise while learning, or forty passes over the play teach sequences by heart, and contact only where it was recorded."""
+        """Noise while learning: pass after pass over the same play would teach its sequences by heart, and contact only where it was recorded."""
         return x + scale * self.cfg.wm_noise * torch.randn_like(x) if self.training and self.cfg.wm_noise else x
 
     def initial(self, batch, device):
@@ -1115,7 +1115,7 @@ def dream_starts(cfg, wm):
     near = rows(demos, begin)
     if not cfg.ft_play:
         return near
-    every = rows(play, np.arange(0, len(play.ds), cfg.wm_stride))
+    every = rows(play, np.arange(0, len(play.ds), cfg.wm_stride))          # neighbours look alike
     x = F.pad(torch.cat([near[0], every[0]]), (0, 1), value=1.0).double()
     y = torch.arange(len(x), device=x.device) < len(begin)
     weight = torch.where(y, len(every[0]) / len(begin), 1.0).double()[:, None]                        # both sides count the same
