@@ -519,12 +519,13 @@ class Expert:
     """Follows noisy waypoints by relative actions: act(robot_obs [15], scene_obs [24]) -> action [7].
 
     It keeps the commanded pose itself, as the simulator does, so it can drive any simulator with CALVIN's actions.
-    `error` (m) displaces the whole attempt, mostly sideways: a near miss or a miss. `haste` speeds it up, `touch` bounds the pace at the handle.
+    `error` (m) displaces the whole attempt, mostly to where the handle should go: a hand that arrives there cannot push it. `haste` speeds it up, `touch` bounds the pace at the handle.
     """
 
     def __init__(self, task_name, rng, error=0.0, haste=1.0, touch=1.0):
         self.skill = SKILLS[task_name][0 if rng.random() < 0.65 else -1]
-        direction = rng.normal(0, (1.5, 0.8, 0.6))
+        beyond = np.sign(TASKS[task_name].change) * np.array(HANDLES[self.skill.joint][1]) * (self.skill.joint != BUTTON)
+        direction = rng.normal(1.2 * beyond, (1.0, 0.8, 0.6))
         self.error, self.rng, self.haste, self.touch = error * direction / np.linalg.norm(direction), rng, haste, touch
         self.queue, self.path, self.noise, self.target = [], None, np.zeros(6), None
         self.plan()
@@ -637,7 +638,7 @@ def _next_task(scene, last, rng):
         options = [name for name in TASKS if possible(name, scene)]
     if draw < 0.45 and last is not None:
         options = [name for name in options if TASKS[name].index == TASKS[last].index] or options
-    liking = np.array([{LED: 2.0, BULB: 1.5, SLIDER: 1.6, DRAWER: 1.8}[TASKS[name].index] for name in options])
+    liking = np.array([{LED: 2.0, BULB: 2.2, SLIDER: 2.0, DRAWER: 1.2}[TASKS[name].index] for name in options])
     return options[rng.choice(len(options), p=liking / liking.sum())]
 
 
