@@ -1,4 +1,5 @@
 """How fast is it?  python tests/bench.py prints one table: simulator, world model, dream and PPO, on one core and this machine's matmul rate.
+With a GPU: python tests/bench.py --device cuda (its preset is `gpu` then; --preset cpu, or any other flag of diwa.py, works here too).
 
 FLOPs are counted by torch's own counter over one update; "share" is FLOPs a second over what a 512 x 512 float32 matmul reaches on the same
 thread count in the same minute."""
@@ -14,15 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim
 import diwa
 import recording
+from runs import check_config, parse
 
 
 def rate(call, seconds=4.0):
     """Calls a second: the median over repeats, after one warm-up call."""
-    call()
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    call(), wait()
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
         t = time.perf_counter()
-        call()
+        call(), wait()
         times.append(time.perf_counter() - t)
     return 1 / float(np.median(times))
 
@@ -59,6 +62,7 @@ def world_model_update(cfg, wm):
         batch["codes"] = torch.randn(B, T, wm.codec.size)
     else:
         batch.update({k: torch.randint(0, 255, (B, T, 64, 64, 3), dtype=torch.uint8) for k in ("rgb_static", "rgb_gripper")})
+    batch = {k: v.to(cfg.device) for k, v in batch.items()}
     optimizer = torch.optim.AdamW(wm.parameters(), lr=1e-4)
 
     def update():
@@ -70,20 +74,21 @@ def world_model_update(cfg, wm):
 
 
 def dream(cfg, wm):
-    classifier = diwa.Classifier(cfg, wm.feature_size)
+    classifier = diwa.Classifier(cfg, wm.feature_size).to(cfg.device)
     target = recording.HOME_POSE + 0.01 * torch.randn(50, 6)
-    env = diwa.DreamEnv(cfg, wm, classifier, torch.randn(50, wm.embed_size), recording.encode_command(target, torch.ones(50, 1)), target, cfg.ft_dreams, cfg.ft_horizon)
+    starts = [x.to(cfg.device) for x in (torch.randn(50, wm.embed_size), recording.encode_command(target, torch.ones(50, 1)), target)]
+    env = diwa.DreamEnv(cfg, wm, classifier, *starts, cfg.ft_dreams, cfg.ft_horizon)
     env.reset()
     return env
 
 
 def ppo_update(cfg, wm):
     actor = diwa.build_actor(cfg, wm.feature_size)
-    critic = diwa.mlp([wm.feature_size, 256, 256, 256, 1], torch.nn.Mish, norm=False)
-    feature = torch.randn(cfg.ft_dreams * cfg.ft_chunks // cfg.ft_minibatches, wm.feature_size)
+    critic = diwa.mlp([wm.feature_size, 256, 256, 256, 1], torch.nn.Mish, norm=False).to(cfg.device)
+    feature = torch.randn(cfg.ft_dreams * cfg.ft_chunks // cfg.ft_minibatches, wm.feature_size, device=cfg.device)
     chain = actor.sample_chain(feature)
-    batch = dict(feature=feature, chain=chain, anchor=chain, logprob=actor.chain_logprob(feature, chain).detach(), advantage=torch.randn(len(feature)))
-    batch["return"] = torch.randn(len(feature))
+    batch = dict(feature=feature, chain=chain, anchor=chain, logprob=actor.chain_logprob(feature, chain).detach(), advantage=torch.randn_like(feature[:, 0]))
+    batch["return"] = torch.randn_like(feature[:, 0])
 
     def update():
         loss, _ = diwa.ppo_loss(cfg, actor, critic, batch)
@@ -91,18 +96,20 @@ def ppo_update(cfg, wm):
     return update, len(feature) * actor.links
 
 
-def main():
+def main(argv):
     torch.set_num_threads(1)
-    cfg = diwa.Config(device="cpu")
-    print("one core, preset cpu; torch", torch.__version__)
+    cfg = check_config(parse(argv or ["--device", "cpu", "--preset", "cpu"], diwa.Config, diwa.PRESETS, __doc__.splitlines()[0], ""))
+    if cfg.device == "cuda":
+        torch.cuda.init()
+    print(f"{torch.cuda.get_device_name() if cfg.device == 'cuda' else 'one core'}, preset {cfg.preset}; torch {torch.__version__}")
     rows = [("simulator steps/s, two 64x64 cameras", bench_simulator(), None)]
-    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    a, b = torch.randn(2, 512, 512, device=cfg.device)
     peak = 2 * 512 ** 3 * rate(lambda: a @ b, 2)
-    wm = diwa.WorldModel(cfg)
+    wm = diwa.WorldModel(cfg).to(cfg.device)
     update = world_model_update(cfg, wm)
     speed = rate(update)
     rows.append(("world model training, frames/s", speed * cfg.wm_batch * cfg.wm_length, speed * flops(update) / peak))
-    env, chunk = dream(cfg, wm), torch.randn(cfg.ft_dreams, cfg.bc_chunk, 7)
+    env, chunk = dream(cfg, wm), torch.randn(cfg.ft_dreams, cfg.bc_chunk, 7, device=cfg.device)
     rows.append(("imagined control steps/s", rate(lambda: env.step(chunk)) * cfg.ft_dreams * cfg.bc_chunk, None))
     update, samples = ppo_update(cfg, wm)
     speed = rate(update)
@@ -114,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
