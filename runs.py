@@ -366,6 +366,8 @@ def check_config(cfg):
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda was asked for, but this torch sees no CUDA device: use --device cpu")
+    if cfg.device == "cuda":
+        torch.set_float32_matmul_precision("high")          # TF32
     if cfg.wm_encoder == "conv" and cfg.image_size != 64:
         raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
     if not 1 <= cfg.ft_steps <= cfg.bc_steps:
