@@ -87,6 +87,14 @@ def test_the_pages_show_what_the_rows_say(folder, page):
     assert rows and all(line in text for line in report.table(rows))
 
 
+def test_share_of_failures_removed():
+    """40 of 50 failures gone, nothing lost: 80 %, with about a binomial's interval; and a policy that got worse removes a negative share."""
+    before, after = np.r_[np.zeros(50), np.ones(50)], np.r_[np.ones(40), np.zeros(10), np.ones(50)]
+    share, low, high = (float(x.strip("%[],")) for x in report.removed(before, after).replace("% ", "").split())
+    assert share == 80 and 67 <= low <= 71 and 88 <= high <= 92
+    assert report.removed(after, before).startswith("-400 %")
+
+
 def test_seeds_of_a_task_are_pooled():
     """Two seeds become one line with all their episodes and each seed's own success; their order does not matter."""
     row = dict(task="turn_on_led", before=[0, 0, 0, 1], after=[1, 1, 1, 1], dream_before=0.5, dream=1.0, curve={}, replay_share={"turn_on_led": 0.8}, trust={"play": [[3, 1], [0, 6]]},
