@@ -18,6 +18,7 @@ Departures from CALVIN: plain colours and low-polygon links (a step with both pi
 pose may lead the measured one by WINDUP_* at most; an episode depends on its start and its actions only.
 """
 import argparse
+import functools
 import itertools
 import re
 import tempfile
@@ -236,16 +237,16 @@ def hulls_obj(clouds, corners=14):
     return text
 
 
-def desk_urdf(folder):
-    """Write the desk's URDF into `folder`: a fixed base, four sliding joints, two lamps. -> its path."""
-    text = "<robot name='desk'>"
+def desk_urdf():
+    """The desk: a fixed base, four sliding joints, two lamps. -> {file name: text} of its URDF and meshes."""
+    text, files = "<robot name='desk'>", {}
     for name, parts in DESK.items():
         axis, mass, upper = JOINTS.get(name, (None, 0, 0))
         text += f"<link name='{name}'><contact><lateral_friction value='0.5'/></contact><inertial><mass value='{mass}'/>"
         text += "<inertia ixx='.01' iyy='.01' izz='.01' ixy='0' ixz='0' iyz='0'/></inertial>"
         for number, (colour, boxes) in enumerate(parts.items()):
             corners = [CORNERS * size @ euler_matrix(np.array(rpy)).T + centre for centre, size, rpy in boxes]
-            (folder / f"{name}{number}.obj").write_text(hulls_obj(corners))
+            files[f"{name}{number}.obj"] = hulls_obj(corners)
             text += f"<visual><geometry><mesh filename='{name}{number}.obj'/></geometry><material name='{name}{number}'>"
             text += "<color rgba='{} {} {} 1'/></material></visual>".format(*colour)
         for centre, size, rpy in itertools.chain(*parts.values()):
@@ -256,13 +257,12 @@ def desk_urdf(folder):
             text += "<joint name='{0}' type='{1}'><parent link='desk'/><child link='{0}'/><axis xyz='{2} {3} {4}'/>".format(
                 name, "prismatic" if axis else "fixed", *(axis or (0, 0, 1)))
             text += f"<limit lower='0' upper='{upper}' effort='100' velocity='10'/></joint>"
-    (folder / "desk.urdf").write_text(text + "</robot>")
-    return str(folder / "desk.urdf")
+    return {**files, "desk.urdf": text + "</robot>"}
 
 
-def panda_urdf(folder):
-    """Write a low-polygon Panda with CALVIN's long fingers into `folder`; -> path of the URDF."""
-    source = Path(pybullet_data.getDataPath(), "franka_panda")
+def panda_urdf():
+    """A low-polygon Panda with CALVIN's long fingers. -> {file name: text} of its URDF and meshes."""
+    source, files = Path(pybullet_data.getDataPath(), "franka_panda"), {}
     text = (source / "panda.urdf").read_text()
     for mesh in set(re.findall(r"meshes/collision/(\w+)\.obj", text)):
         lines = (source / "meshes" / "collision" / (mesh + ".obj")).read_text().splitlines()
@@ -270,7 +270,7 @@ def panda_urdf(folder):
         if mesh == "finger":                             # a wedge 0.097 m long, inner face at y = 0: half width, y, z
             profile = ((0.011, 0, 0), (0.011, 0.030, 0.0085), (0.011, 0.020, 0.0465), (0.0105, 0.010, 0.0885), (0.006, 0.005, 0.0973), (0.0085, 0, 0.092))
             points = np.array([(x * side, y, z) for x, y, z in profile for side in (-1, 1)])
-        (folder / (mesh + ".obj")).write_text(hulls_obj([points]))
+        files[mesh + ".obj"] = hulls_obj([points])
     text = re.sub(r"package://meshes/\w+/(\w+)\.obj", r"\1.obj", text)
     # only the wrist, the hand and the fingers can touch the desk; the upper arm never reaches it
     for link in range(5):
@@ -278,8 +278,12 @@ def panda_urdf(folder):
     for link in range(3):                                # no camera ever sees the base
         text = re.sub(rf"(<link name=\"panda_link{link}\">.*?)<visual>.*?</visual>", r"\1", text, flags=re.S)
     text = text.replace('xyz="0 0 0.105"', f'xyz="0 0 {TCP_OFFSET}"')     # its "grasptarget" becomes the tcp
-    (folder / "panda.urdf").write_text(text)
-    return str(folder / "panda.urdf")
+    return {**files, "panda.urdf": text}
+
+
+@functools.cache
+def urdf_files():
+    return {**panda_urdf(), **desk_urdf()}
 
 
 # ---- The simulator ---------------------------------------------------------------------------------------------------
@@ -292,19 +296,25 @@ class Tabletop:
     """The desk, the arm and two cameras. One control step is 1/30 s."""
 
     def __init__(self, image_size=64, render=True):
-        self.image_size, self.render = image_size, render
-        self.client, self.lamps = pb.connect(pb.DIRECT), [None, None]
-        self._load()
-        self._configure()
+        self.image_size, self.render, self.client = image_size, render, None
+        self._build()
         self._sort_shapes()
         self.reset(seed=0)
 
+    def _build(self):
+        """A new world. What Bullet keeps of an old one (the order of its contacts) would tell in the last digits of one episode in a hundred."""
+        self.close()
+        self.client, self.lamps = pb.connect(pb.DIRECT), [None, None]
+        self._load()
+        self._configure()
+
     def _load(self):
         c = dict(physicsClientId=self.client)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in urdf_files().items():
+                Path(folder, name).write_text(text)
             urdf = dict(useFixedBase=True, flags=pb.URDF_USE_INERTIA_FROM_FILE, **c)
-            self.robot, self.blocks = pb.loadURDF(panda_urdf(folder), ROBOT_BASE, **urdf), []
+            self.robot, self.blocks = pb.loadURDF(f"{folder}/panda.urdf", ROBOT_BASE, **urdf), []
             for size, colour in BLOCKS:                  # what stands in front comes first: what it hides is not shaded
                 half = [s / 2 for s in size]
                 look = pb.createVisualShape(pb.GEOM_BOX, halfExtents=half, rgbaColor=(*colour, 1), **c)
@@ -312,7 +322,7 @@ class Tabletop:
                 self.blocks.append(pb.createMultiBody(1.0, shape, look, (0, 0, 1), **c))
                 pb.changeDynamics(self.blocks[-1], -1, lateralFriction=0.7,
                                   activationState=pb.ACTIVATION_STATE_ENABLE_SLEEPING, **c)
-            self.desk = pb.loadURDF(desk_urdf(folder), **urdf)
+            self.desk = pb.loadURDF(f"{folder}/desk.urdf", **urdf)
         floor = pb.createCollisionShape(pb.GEOM_BOX, halfExtents=(3, 3, 0.1), **c)     # a block may fall; not drawn: slow
         pb.changeVisualShape(pb.createMultiBody(0, floor, -1, (0, 0, -0.1), **c), -1, rgbaColor=(0, 0, 0, 0), **c)
         names = [pb.getJointInfo(self.desk, i, **c)[1].decode() for i in range(6)]
@@ -333,7 +343,6 @@ class Tabletop:
         for joint in self.fixtures:
             pb.setJointMotorControl2(self.desk, joint, pb.VELOCITY_CONTROL, targetVelocity=0, force=4 / SUBSTEPS, **c)
         pb.setJointMotorControl2(self.desk, self.fixtures[BUTTON], pb.POSITION_CONTROL, targetPosition=0, force=4 / SUBSTEPS, **c)
-        self.pristine = pb.saveState(**c)
 
     def _sort_shapes(self):
         """List the drawn shapes, and draw the fixed desk for the fixed camera."""
@@ -357,12 +366,8 @@ class Tabletop:
     def reset(self, robot_obs=None, scene_obs=None, seed=None):
         """Restore a recorded state; what is not given is drawn from `seed`. -> obs."""
         robot, scene = checked_start(robot_obs, scene_obs, seed)
+        self._build()
         c = dict(physicsClientId=self.client)
-        for body in self.blocks:                         # that a block sleeps is not in a saved state: wake all, then
-            pb.changeDynamics(body, -1, activationState=pb.ACTIVATION_STATE_WAKE_UP, **c)
-        pb.restoreState(self.pristine, **c)
-        pb.stepSimulation(**c)                           # let one step notice it
-        pb.restoreState(self.pristine, **c)
         for joint, q in zip(ARM + FINGERS, [*robot[7:14], robot[6] / 2, robot[6] / 2]):
             pb.resetJointState(self.robot, joint, q, 0, **c)
         for joint, q in zip(self.fixtures, scene):
