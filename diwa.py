@@ -125,6 +125,7 @@ class Config:
     reward_tau: float = 0.5         # NT-Xent temperature (paper: 0.5)
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
     reward_play: float = 0.5        # weight of a play pair in the cross-entropy
+    reward_rounds: int = 0          # times that unlabelled play changes sides: what follows a recognised success is one, too (ten demonstrations: 2, with 900 updates)
     # ft: PPO in the dream, sections 5 and 6
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_dreams: int = 128            # parallel dreams (paper: 50)
@@ -713,6 +714,11 @@ class Classifier(nn.Module):
         """The reward: 1.0 where class 1 wins, else 0.0: [...]"""
         return self(first, feature)[1].argmax(-1).float()
 
+def lasting(model, feature):
+    """Where success shows, and did one step before; the first feature is the start.  [W, T, F] -> bool [W, T]"""
+    fires = model.success(feature[:, :1].expand_as(feature), feature) > 0
+    return fires & F.pad(fires[:, :-1], (1, 0))
+
 def nt_xent(embedding, label, tau):
     """Supervised contrastive loss (Khosla et al. 2020, eq. 2): pull same-class embeddings together.  embedding [N, D], label [N] -> scalar"""
     z = F.normalize(embedding, dim=-1)
@@ -1074,28 +1080,32 @@ def stage_reward(cfg):
                 happened = torch.from_numpy(happened.ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
-                groups.append((then, now, 2))               # 2: unlabelled, taken for a failure with less weight
+                groups.append((then, now, 2))               # 2: unlabelled, taken for a failure with less weight; 3: has changed sides
     first, feature = torch.cat([g[0] for g in groups]), torch.cat([g[1] for g in groups])
-    kind = torch.cat([torch.full((len(g[0]),), g[2], device=cfg.device) for g in groups])
-    pools = [torch.nonzero(kind == k)[:, 0] for k in range(3) if (kind == k).any()]
-    model = Classifier(cfg, wm.feature_size).to(cfg.device)
+    model, sides = Classifier(cfg, wm.feature_size).to(cfg.device), nn.Module()
+    sides.register_buffer("kind", torch.cat([torch.full((len(g[0]),), g[2], device=cfg.device) for g in groups]))
+    rounds = [cfg.reward_updates * (k + 1) // (cfg.reward_rounds + 1) for k in range(cfg.reward_rounds)]
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
 
     def update(i, rng):
-        index = torch.cat([p[torch.randint(0, len(p), (128,), device=cfg.device)] for p in pools])
-        k = kind[index]
-        weight = torch.where(k == 2, cfg.reward_play, 1.0)
-        loss, metrics = classifier_loss(model, first[index], feature[index], (k == 1).long(), weight, cfg)
+        if i in rounds:                                     # a lit lamp stays lit for seconds: seen and dreamed must agree that it is, in two steps running
+            with torch.no_grad():
+                done = (lasting(model, seen) & lasting(model, dreamed)).cumsum(1) > 0                 # [W, T]
+            sides.kind[-2 * pick.size:] = torch.where(done.gather(1, torch.from_numpy(pick).to(done.device)), 3, 2).flatten().repeat(2)
+        pools = (torch.nonzero(sides.kind == k)[:, 0] for k in range(4))
+        index = torch.cat([p[torch.randint(0, len(p), (128,), device=cfg.device)] for p in pools if len(p)])
+        k = sides.kind[index]
+        weight = torch.where(k >= 2, cfg.reward_play, 1.0)
+        loss, metrics = classifier_loss(model, first[index], feature[index], k % 2, weight, cfg)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return metrics
 
-    partial = train(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), update, every=50)
+    partial = train(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer, sides=sides), update, every=50)
     def verdict(feature):                                   # [W, T, F]: does it fire in any two steps running?  dream_chunk looks at a chunk's last two
         with torch.no_grad():
-            fires = model.success(feature[:, :1].expand_as(feature), feature)
-        return (fires[:, 1:] * fires[:, :-1]).any(1).cpu().numpy()
+            return lasting(model, feature).any(1).cpu().numpy()
     judged = report.trust(cfg.task, verdict, play, replay, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
     save(output(cfg, "reward"), dict(stamp=stamp(cfg, "reward"), model=model.state_dict(), trust=judged))
     partial.unlink(missing_ok=True)

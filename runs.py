@@ -372,6 +372,8 @@ def check_config(cfg):
         raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
     if not 1 <= cfg.ft_steps <= cfg.bc_steps:
         raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), not {cfg.ft_steps}")
+    if cfg.reward_rounds and cfg.reward_labels != "unlabelled":
+        raise InputError(f"--reward_rounds {cfg.reward_rounds} lets unlabelled play change sides, but --reward_labels {cfg.reward_labels} has none: give --reward_rounds 0")
     if cfg.ft_iterations <= cfg.ft_warmup:
         raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor waits for --ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")
     if cfg.wm_stride < 1 or cfg.bc_chunk % cfg.wm_stride:
