@@ -719,6 +719,10 @@ def lasting(model, feature):
     fires = model.success(feature[:, :1].expand_as(feature), feature) > 0
     return fires & F.pad(fires[:, :-1], (1, 0))
 
+def after_success(model, seen, dreamed):
+    """From where a window shows success both ways, watched and dreamed: a lit lamp stays lit for seconds.  [W, T, F] twice -> bool [W, T]"""
+    return (lasting(model, seen) & lasting(model, dreamed)).cumsum(1) > 0
+
 def nt_xent(embedding, label, tau):
     """Supervised contrastive loss (Khosla et al. 2020, eq. 2): pull same-class embeddings together.  embedding [N, D], label [N] -> scalar"""
     z = F.normalize(embedding, dim=-1)
@@ -1088,10 +1092,10 @@ def stage_reward(cfg):
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
 
     def update(i, rng):
-        if i in rounds:                                     # a lit lamp stays lit for seconds: seen and dreamed must agree that it is, in two steps running
+        if i in rounds:
             with torch.no_grad():
-                done = (lasting(model, seen) & lasting(model, dreamed)).cumsum(1) > 0                 # [W, T]
-            sides.kind[-2 * pick.size:] = torch.where(done.gather(1, torch.from_numpy(pick).to(done.device)), 3, 2).flatten().repeat(2)
+                done = after_success(model, seen, dreamed).gather(1, torch.from_numpy(pick).to(cfg.device))   # [W, 12]
+            sides.kind[-2 * done.numel():] = torch.where(done, 3, 2).flatten().repeat(2)
         pools = (torch.nonzero(sides.kind == k)[:, 0] for k in range(4))
         index = torch.cat([p[torch.randint(0, len(p), (128,), device=cfg.device)] for p in pools if len(p)])
         k = sides.kind[index]

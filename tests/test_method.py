@@ -505,6 +505,18 @@ def test_gae_with_lambda_one_is_the_discounted_return():
     torch.testing.assert_close(returns[0], want)
 
 
+def test_what_follows_lasting_success():
+    """Two steps running, watched and dreamed; from then on to the end, and never at the start."""
+    class Reads:
+        def success(self, first, feature):
+            assert (first == feature[:, :1]).all()
+            return feature[..., 0]
+    seen = torch.tensor([[1, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 1.]])[..., None]
+    dreamed = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0.]])[..., None]
+    assert diwa.lasting(Reads(), seen).int().tolist() == [[0, 1, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 1, 1, 1]]
+    assert diwa.after_success(Reads(), seen, dreamed).int().tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 0, 1, 1, 1]]
+
+
 def test_reward_scaler_against_numpy():
     """Rewards are divided by the std of all discounted returns seen so far, state carried from call to call and through a checkpoint."""
     scaler, history, rng = diwa.RewardScaler(), [], np.random.default_rng(0)
