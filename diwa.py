@@ -48,10 +48,10 @@ import calvin_sim
 import report
 from calvin_sim import TASKS, advance_target
 from data import Dataset, InputError, action_chunks, window_starts, write_atomic
-from evaluate import dream_evaluation, evaluate
+from evaluate import stage_eval, stage_report
 from recording import Recording, decode_pose, encode_command, encode_proprio
-from runs import (STAGES, Snapshots, check_config, cosine_lr, load, output, pack_recorded, parse, read_log, record, restore, run_stage, save, seed_everything, stamp,
-                  train, use_given_demos, use_given_play, versions)
+from runs import (STAGES, Snapshots, check_config, cosine_lr, load, output, pack_recorded, parse, record, restore, run_stage, save, seed_everything, stamp, train,
+                  use_given_demos, use_given_play, versions)
 
 # ======================================================================================================================
 # 1  Config.  Every setting of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -969,7 +969,7 @@ class Agent:
 
 
 # ======================================================================================================================
-# 8  Stages.  Each reads earlier results, writes its own, and can be run alone.
+# 8  Stages.  Each reads earlier results, writes its own, and can be run alone.  stage_eval and stage_report are in evaluate.py.
 # ======================================================================================================================
 
 def stage_play(cfg):
@@ -1176,38 +1176,6 @@ def load_policy(cfg, policy):
         if policy != "tuned":
             actor.net.load_state_dict(tuned["snapshots"][policy])
     return wm, actor.eval(), classifier.eval()
-
-def stage_eval(cfg):
-    """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
-    if cfg.sim == "none":
-        content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg))
-        return write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
-    base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(TASKS).index(cfg.task)
-    results = evaluate(cfg, ("bc", "tuned"), base + np.arange(cfg.eval_episodes), record=2)
-    for policy, name in (("bc", "before"), ("tuned", "after")):
-        report.gif(output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif"), [f for r in results[policy] for f in r.pop("frames")])
-    others = evaluate(cfg, ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)], base + 5000 + np.arange(cfg.eval_curve))
-    curve = {"0" if policy == "bc" else policy: float(np.mean([r["success"] for r in episodes])) for policy, episodes in others.items()}
-    content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
-    write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
-
-@torch.no_grad()
-def stage_report(cfg):
-    """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
-    folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
-    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation, cfg.eval_curve, load(cfg, "reward")["trust"])
-    wm, _, classifier = load_policy(cfg, "bc")
-    replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
-    a, b = next((a, b) for t, a, b in replay.ds.segments if t == cfg.task)
-    seen, dreamed, frames = views(wm, replay, np.array([a]), b - a + 1)
-    score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
-    truth = [replay.ds[k][frames[0]] for k in ("rgb_static", "rgb_gripper")]
-    watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
-    report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), 2, cfg.wm_stride)
-    minutes = {stage: read_log(cfg, stage, "minutes")[1][-1] for stage in STAGES if read_log(cfg, stage, "minutes")[1]}
-    lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, dict(load(cfg, "wm")["judged"], trust=load(cfg, "reward")["trust"]), minutes)
-    print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
-
 
 # ======================================================================================================================
 # 9  Command line

@@ -1,15 +1,19 @@
 """evaluate.py: policies meet a simulator (or, without one, a dream), each from the same start states.  Only here, and never on the way from recordings to a tuned policy.
+Then the last two stages of diwa.py, eval and report.
 
 SimEnv, at the end, is the road that DiWA does not take: the same PPO on a simulator instead of a dream.
 """
 import dataclasses
+import json
 
 import numpy as np
 import torch
 
 import calvin_sim
-from data import Dataset
-from runs import in_processes, make_sim, output, seed_everything, sim_of
+import report
+from data import Dataset, write_atomic
+from recording import Recording
+from runs import STAGES, in_processes, load, make_sim, output, read_log, seed_everything, sim_of, stamp, versions
 
 
 def evaluation_job(job):
@@ -102,6 +106,40 @@ def dream_evaluation(cfg):
         first = agent.observe({key: replay[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
         results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, wm, actor, classifier, agent.state, first))]
     return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])))
+
+
+def stage_eval(cfg):
+    """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
+    if cfg.sim == "none":
+        content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg))
+        return write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
+    base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(calvin_sim.TASKS).index(cfg.task)
+    results = evaluate(cfg, ("bc", "tuned"), base + np.arange(cfg.eval_episodes), record=2)
+    for policy, name in (("bc", "before"), ("tuned", "after")):
+        report.gif(output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif"), [f for r in results[policy] for f in r.pop("frames")])
+    others = evaluate(cfg, ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)], base + 5000 + np.arange(cfg.eval_curve))
+    curve = {"0" if policy == "bc" else policy: float(np.mean([r["success"] for r in episodes])) for policy, episodes in others.items()}
+    content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
+    write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
+
+
+@torch.no_grad()
+def stage_report(cfg):
+    """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
+    from diwa import load_policy, views
+    folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
+    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation, cfg.eval_curve, load(cfg, "reward")["trust"])
+    wm, _, classifier = load_policy(cfg, "bc")
+    replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
+    a, b = next((a, b) for t, a, b in replay.ds.segments if t == cfg.task)
+    seen, dreamed, frames = views(wm, replay, np.array([a]), b - a + 1)
+    score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
+    truth = [replay.ds[k][frames[0]] for k in ("rgb_static", "rgb_gripper")]
+    watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
+    report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), 2, cfg.wm_stride)
+    minutes = {stage: read_log(cfg, stage, "minutes")[1][-1] for stage in STAGES if read_log(cfg, stage, "minutes")[1]}
+    lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, dict(load(cfg, "wm")["judged"], trust=load(cfg, "reward")["trust"]), minutes)
+    print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
 
 
 class SimEnv:
