@@ -694,8 +694,9 @@ def demonstration_views(cfg, wm, recording, offsets=7, draws=2):
 
 # ======================================================================================================================
 # 4  Reward.  Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules compare now with the
-#    start ("the drawer has been closed by 12 cm"), so ours sees the pair (first feature, feature).  Demonstrations say what
+#    start ("the drawer has been closed by 12 cm"), so ours sees the first feature and the change since.  Demonstrations say what
 #    success looks like; play, unlabelled, says what everything else looks like, and that is what PPO will try to sell as success.
+#    Play has successes, too: with reward_rounds, windows in which the classifier sees one, watched and dreamed, change sides.
 # ======================================================================================================================
 
 class Classifier(nn.Module):
@@ -759,7 +760,7 @@ class DreamEnv:
         index = torch.randint(0, len(self.bank[0]), (n,), device=self.bank[0].device)
         embedding, command, target = (x[index] for x in self.bank)
         h, z = self.wm.initial(n, embedding.device)
-        told = command.repeat(1, self.cfg.wm_stride)                                                  # [n, stride * 7]
+        told = command.repeat(1, self.cfg.wm_stride)                                                  # [n, stride * 7]: it has stood still so far
         h = self.wm.step(h, z, torch.zeros_like(told), told)
         z = sample_latent(self.wm.posterior(h, embedding), self.cfg)
         state = dict(h=h, z=z, command=command, target=target)
@@ -793,7 +794,7 @@ def dream_step(wm, state, action, shift=0.0):
     target, lead, told = state["target"], wm.lead, []
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else target
     for a in action.unbind(1):
-        target, lead = advance_target(target, a, tcp, lead), 1              # within a step the arm is not measured again: the target's lead is bounded from where it was
+        target, lead = advance_target(target, a, tcp, lead), 1              # keep what the target is ahead of the arm by?  wm.lead says (0 or 1); within a step always, as tcp is not predicted anew there
         command = encode_command(target, a[:, 6:])
         told.append(command + shift)
     h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(told, -1))
@@ -824,7 +825,7 @@ def dream_on(cfg, wm, actor, classifier, state, first):
 
 # ======================================================================================================================
 # 6  PPO through the chain (DPPO).  One decision of the dream, a chunk, is K' small decisions, the denoising steps; each gets
-#    the chunk's advantage, discounted by how many steps are left to clean it.  Four things to get right: average the log-probs,
+#    the chunk's advantage, discounted by how many steps are left to clean it.  Four things to get right: average a chunk's log-probs (chain_logprob does),
 #    give noisy steps a tighter clip, bootstrap a cut dream from its own last feature, and stay close to what was cloned.
 # ======================================================================================================================
 
@@ -1066,7 +1067,7 @@ def stage_reward(cfg):
     wm, demos = load_world_model(cfg), load(cfg, "demos")
     recording, replay = (Recording(cfg, dataset, wm) for dataset in (demos, Dataset(output(cfg, "play").with_name("replay"))))
     play = Recording(cfg, load(cfg, "play"))                # little of it is looked at: no codes in advance
-    length = min(73, cfg.play_episode - 1)                  # as in stage_wm
+    length = min(73, cfg.play_episode - 1)                  # frames: an evaluation's 72 control steps, as in stage_wm
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     feature, first, frame, start = demonstration_views(cfg, wm, recording)
     label = torch.from_numpy(calvin_sim.success(cfg.task, recording.scene[start], recording.scene[frame])).to(cfg.device)
@@ -1084,7 +1085,7 @@ def stage_reward(cfg):
                 happened = torch.from_numpy(happened.ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
-                groups.append((then, now, 2))               # 2: unlabelled, taken for a failure with less weight; 3: has changed sides
+                groups.append((then, now, 2))               # 2: unlabelled, taken for a failure, with less weight in the cross-entropy; 3: has changed sides
     first, feature = torch.cat([g[0] for g in groups]), torch.cat([g[1] for g in groups])
     model, sides = Classifier(cfg, wm.feature_size).to(cfg.device), nn.Module()
     sides.register_buffer("kind", torch.cat([torch.full((len(g[0]),), g[2], device=cfg.device) for g in groups]))
