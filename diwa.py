@@ -91,7 +91,7 @@ class Config:
     wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
     wm_embed: int = 256             # width of the fused embedding of one observation
     wm_octaves: int = 3             # the transition also sees sines of the commanded position, finest wavelength 4 cm (paper: 0)
-    wm_updates: int = 5000          # gradient steps (paper: up to 2 M)
+    wm_updates: int = 10_000        # gradient steps (paper: up to 2 M)
     wm_batch: int = 32              # sequences a batch (paper: 50)
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
@@ -156,7 +156,7 @@ class Config:
 
 PRESETS = {
     "cpu": {},
-    "gpu": dict(wm_encoder="conv", wm_depth=32, wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_lr=6e-4, bc_hidden=512, ft_dreams=256),
+    "gpu": dict(wm_encoder="conv", wm_depth=32, wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512, wm_embed=512, wm_updates=5000, wm_lr=6e-4, bc_hidden=512, ft_dreams=256),
     "paper": dict(wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000, wm_embed=1024, wm_updates=2_000_000,
                   wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_noise=0.0, wm_octaves=0, play_frames=500_000,
                   bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
