@@ -1,6 +1,6 @@
 """DiWA in one file: a diffusion policy that improves by practising inside a learned world model.
 
-    python diwa.py --stage all                     # everything, in a quarter of an hour on two CPU cores, ends with runs/cpu/report.md
+    python diwa.py --stage all                     # everything, in about twenty minutes on two CPU cores, ends with runs/cpu/report.md
     python diwa.py --stage all --preset smoke      # the same loop in less than a minute, to see that it installs (the numbers mean nothing)
     python diwa.py --stage all --task turn_on_led  # another of the eight tasks; play and world model are reused
     python diwa.py --help                          # every setting, its default and the paper's value
@@ -101,7 +101,7 @@ class Config:
     wm_balance: float = 0.8         # share of the KL that trains the prior (paper: 0.8)
     wm_free: float = 0.0            # free nats a step, DreamerV3 (paper: 0)
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
-    wm_noise: float = 0.05          # noise on linear codes and commands (5 mm) while it learns, three times that on actions (paper: 0)
+    wm_noise: float = 0.05          # noise while it learns, std: on whitened linear codes and on commands (5 mm, .015 rad), three times that on actions (paper: 0)
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera in the image loss: it has three quarters of the variance (paper: 1)
@@ -132,7 +132,7 @@ class Config:
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
     ft_starts: float = 0.75         # dreams start in this first part of a demonstration, up to success or so (0 = first frames only) ...
-    ft_play: float = 0.06           # ... and on this share of play's frames, those that look most like a demonstration, after misses too: three of four starts (0 = none)
+    ft_play: float = 0.06           # ... or in this share of play's frames, those that look most like a demonstration, also after misses; three dreams of four then do (0 = none)
     ft_shift: float = 0.006         # each dream misplaces the arm by so much (m, std; unseen): what succeeds by a hair does not pay (paper: 0)
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
@@ -177,6 +177,7 @@ PRESETS = {
 #        z_t  ~ posterior(h_t, embedding of frame t)         what it does look like                  <- the robot uses this one
 #        frame_t ~ decoder(h_t, z_t, c_t)
 #
+#    The command c_t is the pose that the arm has been told to reach once a_{t-1} was added to it: the action says how it moves, the command where to.
 #    One step of the model is wm_stride control steps: a_{t-1} and c_t are all the actions between two frames and the commands that they led to
 #    (the feature and the decoder take the last command).  Alignment matters: step t consumes what was executed BEFORE frame t.  Every training
 #    sequence starts from the zero state, because that is how each dream and each deployment starts.
@@ -229,9 +230,9 @@ class LinearCodec(nn.Module):
         return torch.cat(codes, -1)                                                                   # [..., size]
 
     def whiten(self, codes):
-        """Codes for a network's input: square-root whitening lifts small things (a lamp) without shouting noise."""
+        """Codes for a network's input: square-root whitening lifts small things (a lamp) without shouting noise; the largest component gets a std of 3."""
         std = torch.cat([self.static_std, self.gripper_std])
-        return codes / (std * std.max()).sqrt() * 3
+        return codes / (std * std.max()).sqrt().clamp(min=1e-6) * 3                                   # a camera that shows nothing has std 0
 
     def decode(self, codes):
         """codes -> two images [..., S, S, 3] in -1..1."""
@@ -348,10 +349,10 @@ class WorldModel(nn.Module):
         self.post_out = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU(), nn.Linear(cfg.wm_hidden, stats_size(cfg)))
         self.decoder = ConvDecoder(cfg, self.feature_size) if self.conv else mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
         self.pose_head = mlp([self.feature_size, e, 15])
-        self.register_buffer("lead", torch.ones(()))        # 1 or 0: does the target remember what the arm has not reached yet?  See Recording
+        self.register_buffer("lead", torch.ones(()))        # 1 or 0, found in the recording: does the target remember what the arm has not reached yet?  Dream and agent integrate commands by it
 
     def embed(self, obs):
-        """obs: proprio [..., 15] and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E]; its last 15 numbers are the proprioception."""
+        """obs: proprio [..., 15] (pose, gripper width, joints, gripper command) and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E]; its last 15 numbers are the proprioception."""
         if self.codec:
             codes = obs["codes"] if "codes" in obs else self.codec.encode(obs["rgb_static"], obs["rgb_gripper"])
             seen = self.blur(self.codec.whiten(codes))
@@ -435,7 +436,7 @@ def world_model_loss(wm, batch, cfg):
     """DreamerV2's negative evidence bound, plus the same likelihood for frames that were dreamed instead of watched."""
     B, T = batch["action"].shape[:2]
     device = batch["action"].device
-    context = torch.randint(1, cfg.wm_context + 1, (B,), device=device) if cfg.wm_open else None
+    context = torch.randint(1, min(cfg.wm_context, T - 1) + 1, (B,), device=device) if cfg.wm_open else None
     feature, (post, prior), dreamed = wm.rollout(wm.embed(batch), batch["action"], batch["command"], context)
     kl = balanced_kl(post, prior, cfg).mean()
     keep = max(1, round(T * cfg.wm_decode))                 # decode a random subset of the time steps
@@ -484,7 +485,7 @@ def views(wm, recording, starts, length, last=None):
 #    PPO (section 6) each of the last K' steps is a Gaussian whose log-density we can write down; that is the whole trick of DPPO.
 #
 #        chunk_K ~ N(0, 1) -> ... -> chunk_K' -> ... -> chunk_1 -> chunk_0 = what is executed
-#                     frozen base net        fine-tuned net; chain[0..K'] is recorded
+#                     frozen base net        fine-tuned net, which first meets chunk_K'; chain[0..K'] is recorded
 # ======================================================================================================================
 
 def time_embedding(t, size=16):
@@ -511,7 +512,7 @@ class MLPDenoiser(nn.Module):
         self.l1, self.l2, self.last = nn.Linear(n, n), nn.Linear(n, n), nn.Linear(n, flat)           # is the same for all K' steps
 
     def forward(self, x, t, feature):
-        """x [..., H, A], t [...], feature [..., F]; leading dimensions broadcast -> predicted noise [..., H, A]"""
+        """x [..., H, A], t [...], feature [..., F]; t's and feature's leading dimensions broadcast to x's -> predicted noise [..., H, A]"""
         time = self.time(t).expand(*x.shape[:-2], -1)
         y = self.first(torch.cat([x.flatten(-2), time], -1)) + self.see(feature)
         y = y + self.l2(F.mish(self.l1(F.mish(y))))
@@ -922,7 +923,7 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
     out = {k: torch.stack([m[k].detach() for m in history]).mean() for k in history[0]}
     out["explained"] = 1 - (returns - roll["value"]).var() / (returns.var() + 1e-8)
     ends = over & (over.cumsum(0) == 1)                     # each dream's first end: one that began anew may have had no time to fail
-    out["dream_success"] = (roll["terminated"] & ends).sum() / ends.sum().clamp(min=1)
+    out["dream_success"] = (roll["terminated"] & ends).sum() / over.shape[1]                          # one that has not ended has not succeeded
     return out
 
 
