@@ -645,6 +645,15 @@ def test_world_model_loss_is_the_stated_sum():
         assert loss.isfinite() and ("open_image" in m) == bool(cfg.wm_open)
 
 
+def test_short_windows_dream_at_least_their_last_frame():
+    """--wm_context may exceed --wm_length: something must be left to dream, or the open-loop loss is 0 / 0."""
+    torch.manual_seed(0)
+    cfg = tiny(wm_context=5)
+    wm, batch = world(cfg), {k: v[:, :2] for k, v in observations(cfg, B=3).items()}
+    for _ in range(5):
+        assert diwa.world_model_loss(wm, batch, cfg)[0].isfinite()
+
+
 def test_open_loop_loss_counts_dreamed_frames_only():
     """The open-loop terms average over the frames from `context` on, row by row, and over no watched one."""
     cfg = tiny(wm_decode=1.0, wm_context=4)
@@ -717,6 +726,15 @@ def test_linear_codec_is_an_autoencoder():
     distance = (codes[0] - codes[5]).square().sum()
     torch.testing.assert_close(distance, 2 * (x[0] - x[5]).square().sum(), atol=1e-2, rtol=1e-4)
     assert codec.whiten(codes).isfinite().all()
+
+
+def test_a_camera_that_shows_nothing_is_no_nan():
+    """A robot without a gripper camera gives black frames: their codes have no spread, and a network's input stays finite."""
+    codec, frames = diwa.LinearCodec(tiny(image_size=16, wm_codes=40)), moving_dot(48)
+    codec.fit("static", frames)
+    codec.fit("gripper", torch.zeros_like(frames))
+    codes = codec.encode(frames, torch.zeros_like(frames))
+    assert (codec.gripper_std == 0).all() and codec.whiten(codes).isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1183,6 +1201,22 @@ def test_fine_tuning_needs_no_simulator(kind, monkeypatch):
         assert [not torch.equal(a, b) for a, b in zip(before, after)] == [train_actor, True, False]
         assert all(v.isfinite() for v in metrics.values())
     assert torch.equal(weights(wm), model)                                                  # the world model is frozen
+
+
+def test_dreams_that_have_not_ended_are_no_successes():
+    """Two of four dreams end in success, one in failure, one not at all within a short rollout: half of them succeeded."""
+    cfg = tiny(ft_chunks=2, ft_horizon=4, ft_dreams=4)
+    wm = world(cfg)
+    env, actor = dream(cfg, wm), diwa.build_actor(cfg, wm.feature_size)
+    critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
+    ends = iter([([1, 0, 0, 0], [0, 0, 1, 0]), ([0, 1, 1, 0], [0, 0, 0, 0])])               # the third fails, begins anew, and then succeeds
+    def step(chunk):
+        terminated, truncated = (torch.tensor(x, dtype=torch.bool) for x in next(ends))
+        feature = torch.zeros(4, wm.feature_size)
+        return feature, terminated.float(), terminated, truncated, feature
+    env.step = step
+    metrics = diwa.ppo_iteration(cfg, env, actor, critic, diwa.RewardScaler(), optimizers_for(actor, critic), False)
+    assert metrics["dream_success"] == 0.5
 
 
 def test_iteration_bookkeeping(monkeypatch):
