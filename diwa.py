@@ -1059,7 +1059,7 @@ def stage_bc(cfg):
         return dict(loss=loss)
 
     partial = train(cfg, "bc", cfg.bc_updates, dict(actor=actor, optimizer=optimizer), update, every=50)
-    actor.net.load_state_dict(actor.base.state_dict())      # the moving average is what acts, and where fine-tuning starts
+    actor.net.load_state_dict(actor.base.state_dict())      # the moving average is what acts and where fine-tuning starts: there net learns on, base stays frozen
     save(output(cfg, "bc"), dict(stamp=stamp(cfg, "bc"), actor=actor.state_dict()))
     partial.unlink(missing_ok=True)
 
