@@ -1,6 +1,6 @@
 """DiWA in one file: a diffusion policy that improves by practising inside a learned world model.
 
-    python diwa.py --stage all                     # everything, in about twenty minutes on two CPU cores, ends with runs/cpu/report.md
+    python diwa.py --stage all                     # everything, in 25 minutes on two CPU cores, ends with runs/cpu/report.md
     python diwa.py --stage all --preset smoke      # the same loop in less than a minute, to see that it installs (the numbers mean nothing)
     python diwa.py --stage all --task turn_on_led  # another of the eight tasks; play and world model are reused
     python diwa.py --help                          # every setting, its default and the paper's value
