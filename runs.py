@@ -376,6 +376,8 @@ def check_config(cfg):
         raise InputError(f"--reward_rounds {cfg.reward_rounds} lets unlabelled play change sides, but --reward_labels {cfg.reward_labels} has none: give --reward_rounds 0")
     if cfg.ft_iterations <= cfg.ft_warmup:
         raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor waits for --ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")
+    if cfg.wm_length < 2:
+        raise InputError(f"--wm_length {cfg.wm_length} leaves nothing to foresee after the first frame: give 2 or more")
     if cfg.wm_stride < 1 or cfg.bc_chunk % cfg.wm_stride:
         raise InputError(f"--bc_chunk {cfg.bc_chunk} must be a multiple of --wm_stride {cfg.wm_stride}: a chunk is dreamed in whole steps of the world model")
     if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
