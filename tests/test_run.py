@@ -187,7 +187,6 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     (["--preset", "huge"], ["huge", "cpu, gpu, paper, smoke"]),
     (["--stage", "dream"], ["dream", "finetune"]),
     (["--wm_updates", "many"], ["wm_updates", "many"]),
-    (["--ft_steps", "21", "--stage", "bc"], ["ft_steps"]),
     (["--wm_length", "1"], ["--wm_length 1", "give 2"]),
     (["--ft_steps", "21", "--stage", "bc"], ["ft_steps"]),
     (["--ft_iterations", "1"], ["ft_iterations", "ft_warmup"]),
