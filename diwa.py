@@ -91,7 +91,7 @@ class Config:
     wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
     wm_embed: int = 256             # width of the fused embedding of one observation
     wm_octaves: int = 3             # the transition also sees sines of the commanded position, finest wavelength 4 cm (paper: 0)
-    wm_updates: int = 10_000        # gradient steps (paper: up to 2 M)
+    wm_updates: int = 9000          # gradient steps (paper: up to 2 M)
     wm_batch: int = 32              # sequences a batch (paper: 50)
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
@@ -127,7 +127,7 @@ class Config:
     reward_play: float = 0.5        # weight of a play pair in the cross-entropy
     reward_rounds: int = 0          # times that unlabelled play changes sides: what follows a recognised success is one, too (ten demonstrations: 2, with 900 updates)
     # ft: PPO in the dream, sections 5 and 6
-    ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
+    ft_iterations: int = 54         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
@@ -1006,7 +1006,7 @@ def stage_wm(cfg):
     dataset = load(cfg, "play")
     seed_everything(cfg.seed, "wm", "init")
     wm = WorldModel(cfg).to(cfg.device)
-    optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay)
+    optimizer = torch.optim.AdamW(wm.parameters(), lr=cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay, fused=True)
     state = dict(model=wm, optimizer=optimizer)
     if wm.codec and not restore(cfg, "wm", state):          # a second fit may turn the signs of components round (other threads, other sums)
         pick = np.sort(np.random.default_rng(cfg.seed).choice(len(dataset), min(5000, len(dataset)), replace=False))
