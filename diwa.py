@@ -127,7 +127,7 @@ class Config:
     reward_play: float = 0.5        # weight of a play pair in the cross-entropy
     reward_rounds: int = 0          # times that unlabelled play changes sides: what follows a recognised success is one, too (ten demonstrations: 2, with 900 updates)
     # ft: PPO in the dream, sections 5 and 6
-    ft_iterations: int = 54         # rollout + update (paper: about 770, at a tenth of the learning rate)
+    ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
