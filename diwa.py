@@ -1,6 +1,6 @@
 """DiWA in one file: a diffusion policy that improves by practising inside a learned world model.
 
-    python diwa.py --stage all                     # everything, in 25 minutes on two CPU cores, ends with runs/cpu/report.md
+    python diwa.py --stage all                     # everything, in 21 minutes on two CPU cores, ends with runs/cpu/report.md (with CUDA: runs/gpu)
     python diwa.py --stage all --preset smoke      # the same loop in less than a minute, to see that it installs (the numbers mean nothing)
     python diwa.py --stage all --task turn_on_led  # another of the eight tasks; play and world model are reused
     python diwa.py --help                          # every setting, its default and the paper's value
@@ -10,7 +10,7 @@ Read it top to bottom; each section is one idea (what every program needs and no
     1 Config          every setting, once                      5 Dream     a world model is an environment
     2 World model     pixels + actions -> imagined futures     6 PPO       credit for every denoising step
     3 Actor           a policy that denoises action chunks     7 Agent     what a robot would run
-    4 Reward          a classifier that recognises success     8 Stages    the pipeline, one function each
+    4 Reward          a classifier that recognises success     8 Stages    the pipeline, one function each; 9 the command line
 
 Symbols: B batch (dreams), T time steps, H chunk length, A = 7 action numbers, K denoising steps (K' of them fine-tuned),
     h deterministic and z stochastic latent, F = size of the feature [h, z, c], E = size of an embedding, S = side of an image.
@@ -76,7 +76,7 @@ class Config:
     # play: task-agnostic interaction, the world model's only food
     play_frames: int = 180_000      # recorded frames (paper: 500,000)
     play_episode: int = 250         # frames of one episode
-    play_replay: int = 20           # expert demonstrations a task, all eight tasks, that only judge the world model
+    play_replay: int = 20           # expert demonstrations a task, all eight tasks, that only judge: the world model, and what the classifier believes of it
     # demos: what the policy is cloned from
     demo_count: int = 50            # demonstrations of the task (paper: 50)
     # wm: the world model, section 2
@@ -124,7 +124,7 @@ class Config:
     reward_lr: float = 3e-4         # Adam (paper: 1e-6)
     reward_tau: float = 0.5         # NT-Xent temperature (paper: 0.5)
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
-    reward_play: float = 0.5        # weight of a play pair in the cross-entropy
+    reward_play: float = 0.5        # weight of an unlabelled play pair in the cross-entropy
     reward_rounds: int = 0          # times that unlabelled play changes sides: what follows a recognised success is one, too (ten demonstrations: 2, with 900 updates)
     # ft: PPO in the dream, sections 5 and 6
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
@@ -133,7 +133,7 @@ class Config:
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
     ft_starts: float = 0.75         # dreams start in this first part of a demonstration, up to success or so (0 = first frames only) ...
     ft_play: float = 0.06           # ... or in this share of play's frames, those that look most like a demonstration, also after misses; three dreams of four then do (0 = none)
-    ft_shift: float = 0.006         # each dream misplaces the arm by so much (m, std; unseen): what succeeds by a hair does not pay (paper: 0)
+    ft_shift: float = 0.006         # each dream misplaces the arm by so much (m, std; the command that the policy sees does not show it): what succeeds by a hair does not pay (paper: 0)
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
     ft_minibatches: int = 5         # a pass (paper: 1)
@@ -349,7 +349,7 @@ class WorldModel(nn.Module):
         self.post_out = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU(), nn.Linear(cfg.wm_hidden, stats_size(cfg)))
         self.decoder = ConvDecoder(cfg, self.feature_size) if self.conv else mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
         self.pose_head = mlp([self.feature_size, e, 15])
-        self.register_buffer("lead", torch.ones(()))        # 1 or 0, found in the recording: does the target remember what the arm has not reached yet?  Dream and agent integrate commands by it
+        self.register_buffer("lead", torch.ones(()))        # found in the recording: an action is added to the old target (1), or to where the arm is by then (0).  Dream and agent integrate commands by it
 
     def embed(self, obs):
         """obs: proprio [..., 15] (pose, gripper width, joints, gripper command) and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E]; its last 15 numbers are the proprioception."""
@@ -671,7 +671,8 @@ def ema_update(average, net, decay, step):
 
 def demonstration_views(cfg, wm, recording, offsets=7, draws=2):
     """The moments of every demonstration until just after its success, seen from starts every `offsets` frames (odd, so that with a stride of 2 windows take
-    turns with even and odd moments): as the posterior filters them and as the prior dreams them.  The robot's policy sees the former, PPO's the latter.
+    turns with even and odd moments).  Each window is run twice: watched (the posterior sees every frame) and dreamed (the first frame, then the prior
+    and the recorded actions).  The robot's policy sees the former, PPO's the latter, so cloning and the classifier train on both, in one heap.
 
     What follows success is another task's beginning: counted as success, it teaches the classifier where arms go afterwards.
     Returns feature, first feature of the same window [P, F], frame numbers [P], start frames [P]."""
@@ -795,7 +796,7 @@ def dream_step(wm, state, action, shift=0.0):
     target, lead, told = state["target"], wm.lead, []
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else target
     for a in action.unbind(1):
-        target, lead = advance_target(target, a, tcp, lead), 1              # keep what the target is ahead of the arm by?  wm.lead says (0 or 1); within a step always, as tcp is not predicted anew there
+        target, lead = advance_target(target, a, tcp, lead), 1              # wm.lead is for a step's first action; the later ones always add to the target, as tcp is not predicted anew in between
         command = encode_command(target, a[:, 6:])
         told.append(command + shift)
     h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(told, -1))
@@ -975,7 +976,7 @@ class Agent:
 # ======================================================================================================================
 
 def stage_play(cfg):
-    """Task-agnostic play for the world model, and demonstrations of all eight tasks that only ever judge it."""
+    """Task-agnostic play for the world model, and demonstrations of all eight tasks that only ever judge."""
     if cfg.data:
         return use_given_play(cfg, output(cfg, "play"))
     folder, base = output(cfg, "play"), 1_000_000 * (cfg.seed + 1)   # play, demonstrations, judges and evaluation never share a seed
@@ -1074,6 +1075,7 @@ def stage_reward(cfg):
     label = torch.from_numpy(calvin_sim.success(cfg.task, recording.scene[start], recording.scene[frame])).to(cfg.device)
     if not label.any():
         raise InputError(f"no demonstration of {cfg.task} fulfils the task's rule, so nothing shows what success is: are the segments and scene_obs of {output(cfg, 'demos')} right?")
+    # The kinds of a pair: 1 a success and 0 not one, by label; 2 unlabelled play, taken for 0, and 3 taken for 1 since a round.  The class is kind % 2
     groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
     if cfg.reward_labels != "demos":
         seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split(0.1)[0], length), min(1500, 50 * cfg.demo_count)), length)
@@ -1086,7 +1088,7 @@ def stage_reward(cfg):
                 happened = torch.from_numpy(happened.ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
-                groups.append((then, now, 2))               # 2: unlabelled, taken for a failure, with less weight in the cross-entropy; 3: has changed sides
+                groups.append((then, now, 2))               # unlabelled
     first, feature = torch.cat([g[0] for g in groups]), torch.cat([g[1] for g in groups])
     model, sides = Classifier(cfg, wm.feature_size).to(cfg.device), nn.Module()
     sides.register_buffer("kind", torch.cat([torch.full((len(g[0]),), g[2], device=cfg.device) for g in groups]))
@@ -1097,6 +1099,7 @@ def stage_reward(cfg):
         if i in rounds:
             with torch.no_grad():
                 done = after_success(model, seen, dreamed).gather(1, torch.from_numpy(pick).to(cfg.device))   # [W, 12]
+            # play is the last of the groups: all moments as watched, then the same moments as dreamed
             sides.kind[-2 * done.numel():] = torch.where(done, 3, 2).flatten().repeat(2)
         pools = (torch.nonzero(sides.kind == k)[:, 0] for k in range(4))
         index = torch.cat([p[torch.randint(0, len(p), (128,), device=cfg.device)] for p in pools if len(p)])

@@ -63,7 +63,7 @@ def world_model_update(cfg, wm):
     else:
         batch.update({k: torch.randint(0, 255, (B, T, 64, 64, 3), dtype=torch.uint8) for k in ("rgb_static", "rgb_gripper")})
     batch = {k: v.to(cfg.device) for k, v in batch.items()}
-    optimizer = torch.optim.AdamW(wm.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(wm.parameters(), lr=1e-4, fused=True)
 
     def update():
         loss = diwa.world_model_loss(wm, batch, cfg)[0]
