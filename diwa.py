@@ -1083,9 +1083,10 @@ def stage_reward(cfg):
         rows = np.arange(len(frames))[:, None]
         for f in (seen, dreamed):
             now, then = f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1), f[:, :1].expand(-1, 12, -1).flatten(0, 1)
-            if cfg.reward_labels == "predicate":
-                happened = calvin_sim.success(cfg.task, play.scene[frames[:, :1]], play.scene[frames])[rows, pick]
-                happened = torch.from_numpy(happened.ravel()).to(cfg.device)
+            if cfg.reward_labels == "predicate":            # compared with any window's start: a lamp is off wherever the arm is, not only beside the lever
+                other = rng.integers(0, len(frames), pick.shape)
+                then = f[torch.from_numpy(other), 0].flatten(0, 1)
+                happened = torch.from_numpy(calvin_sim.success(cfg.task, play.scene[frames[other, 0]], play.scene[frames[rows, pick]]).ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
                 groups.append((then, now, 2))               # unlabelled
