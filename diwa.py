@@ -1086,7 +1086,8 @@ def stage_reward(cfg):
             if cfg.reward_labels == "predicate":            # compared with any window's start: a lamp is off wherever the arm is, not only beside the lever
                 other = rng.integers(0, len(frames), pick.shape)
                 then = f[torch.from_numpy(other), 0].flatten(0, 1)
-                happened = torch.from_numpy(calvin_sim.success(cfg.task, play.scene[frames[other, 0]], play.scene[frames[rows, pick]]).ravel()).to(cfg.device)
+                scenes = play.scene[frames[other, 0]], play.scene[frames[rows, pick]]                 # [W, 12, 24] twice
+                happened = torch.from_numpy(calvin_sim.success(cfg.task, *scenes).ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
                 groups.append((then, now, 2))               # unlabelled

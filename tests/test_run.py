@@ -92,6 +92,29 @@ def test_play_changes_sides_where_success_is_recognised(done, tmp_path, monkeypa
     assert unlabelled.any() and all(((k == 2) == unlabelled).all() for k in kinds[:3] + kinds[6:]) and all((k[unlabelled] == 3).all() for k in kinds[3:6])
 
 
+def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
+    """--reward_labels predicate: every pair is labelled by the task's rule, and play's moments are compared with other windows' starts, too."""
+    folder, pairs, loss, views = copy_run(done, tmp_path, "reward_*"), [], diwa.classifier_loss, diwa.views
+    scenes = [runs.Dataset(folder / "smoke" / name)["scene_obs"] for name in ("demos_close_drawer", "play")]
+    def numbered(wm, recording, *args):                     # features that say which frame of which recording they are
+        seen, dreamed, frames = views(wm, recording, *args)
+        number = torch.from_numpy(frames + 1_000_000 * (len(recording.scene) == len(scenes[1])))[..., None].float()
+        return number.expand_as(seen), number.expand_as(dreamed), frames
+    def watched(model, first, feature, label, weight, cfg):
+        pairs.extend(zip(first[:, 0].long().tolist(), feature[:, 0].long().tolist(), label.tolist()))
+        return loss(model, first, feature, label, weight, cfg)
+    monkeypatch.setattr(diwa, "views", numbered)
+    monkeypatch.setattr(diwa, "classifier_loss", watched)
+    assert fast(folder, "--stage", "reward", "--reward_updates", "9", "--reward_labels", "predicate") == 0
+    apart = []
+    for first, frame, label in pairs:
+        assert first // 1_000_000 == frame // 1_000_000
+        scene, a, b = scenes[first // 1_000_000], first % 1_000_000, frame % 1_000_000
+        assert bool(diwa.calvin_sim.success("close_drawer", scene[a], scene[b])) == bool(label)
+        apart.append((first >= 1_000_000) and not 0 <= b - a < 73)
+    assert 0 < sum(label for _, _, label in pairs) < len(pairs) and sum(apart) > 0.5 * sum(f >= 1_000_000 for f, _, _ in pairs)
+
+
 def test_changed_setting_is_named(done, capsys):
     """A stage refuses an input of other settings, and says which setting differs and what to type."""
     assert fast(done, "--stage", "finetune", "--wm_h", "32") == 2
