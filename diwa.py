@@ -147,7 +147,7 @@ class Config:
     ft_clip_first: float = 0.003    # clip range at the noisiest fine-tuned step (paper: .001)
     ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
     ft_value: float = 0.5           # weight of the value loss (paper: .5)
-    ft_bc: float = 0.05             # alpha_BC, pull towards the frozen policy's chains (paper: .05)
+    ft_bc: float = 0.05             # alpha_BC, pull towards the frozen policy's chains (paper: .05; ten demonstrations and labelled play: .01)
     ft_snapshot: int = 9            # keep the weights every so many iterations, for the learning curve
     # eval
     eval_episodes: int = 100        # paired start states, before and after (paper: 29-48)
