@@ -1082,11 +1082,11 @@ def stage_reward(cfg):
         pick = rng.integers(1, frames.shape[1], (len(frames), 12))                                    # 12 moments a window
         rows = np.arange(len(frames))[:, None]
         for f in (seen, dreamed):
-            now, then = f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1), f[:, :1].expand(-1, 12, -1).flatten(0, 1)
-            if cfg.reward_labels == "predicate":            # compared with any window's start: a lamp is off wherever the arm is, not only beside the lever
-                other = rng.integers(0, len(frames), pick.shape)
-                then = f[torch.from_numpy(other), 0].flatten(0, 1)
-                scenes = play.scene[frames[other, 0]], play.scene[frames[rows, pick]]                 # [W, 12, 24] twice
+            # Where a rule can label any pair, compare with any window's start: a lamp is off wherever the arm is, not only beside the lever.  Else with its own
+            origin = rng.integers(0, len(frames), pick.shape) if cfg.reward_labels == "predicate" else rows.repeat(12, 1)   # [W, 12] windows
+            then, now = f[torch.from_numpy(origin), 0].flatten(0, 1), f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1)   # [W * 12, F]
+            if cfg.reward_labels == "predicate":
+                scenes = play.scene[frames[origin, 0]], play.scene[frames[rows, pick]]                # [W, 12, 24] twice
                 happened = torch.from_numpy(calvin_sim.success(cfg.task, *scenes).ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
