@@ -3,7 +3,7 @@
 A dataset is a folder of plain arrays, N frames long, that are memory-mapped when read:
 
     rgb_static.npy   [N, S, S, 3] u8     rgb_gripper.npy [N, S, S, 3] u8
-    robot_obs.npy    [N, 15] f32         scene_obs.npy   [N, 24] f32
+    robot_obs.npy    [N, 15] f32         scene_obs.npy   [N, 24] f32, optional: a robot in a kitchen has none
     rel_actions.npy  [N, 7]  f32         the command given AT the frame; it leads to the next one
     ep_start_end_ids.npy [E, 2] i64      first and last frame of each episode, both INCLUSIVE (CALVIN's convention)
     meta.json                            source, renderer, image size, seed, versions, and the task segments
@@ -16,6 +16,7 @@ tabletop and the CALVIN importer write this format, and training reads nothing e
 """
 import argparse
 import concurrent.futures
+import contextlib
 import difflib
 import functools
 import io
@@ -41,6 +42,7 @@ FIELDS = {  # name: (shape of one frame, dtype); S is the image size
     "scene_obs": ((24,), np.float32),
     "rel_actions": ((7,), np.float32),
 }
+OPTIONAL = ("scene_obs",)
 
 
 class InputError(Exception):
@@ -50,19 +52,30 @@ class InputError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing: files appear whole or not at all, so that a kill in the middle never leaves half a dataset that looks like one.
 
-def write_atomic(path, write):
+ELSEWHERE = "free some disk space or choose another --runs folder, then run the same command again (finished work is kept)"
+
+
+@contextlib.contextmanager
+def writing(path, advice=ELSEWHERE):
+    """Whatever the file system refuses inside becomes one sentence: what, where, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+def write_atomic(path, write, advice=ELSEWHERE):
     """Call write(temporary path), then rename it to path: a reader sees the old file or the new one, never a torn one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free some disk space or choose another --runs folder, "
-                         f"then run the same command again (finished work is kept)") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path, advice):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def save_part(path, episode):
@@ -70,36 +83,64 @@ def save_part(path, episode):
     write_atomic(path, lambda p: np.savez(p, **episode))
 
 
+def frame_bytes(size):
+    """Bytes that one frame takes in a dataset with pictures of `size` pixels a side."""
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in sized_fields(size).values())
+
+
+def free_space(path):
+    """Bytes that are free where `path` is, or will be."""
+    return shutil.disk_usage(next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.is_dir())).free
+
+
 def pack(parts, out, meta, segments=None):
     """Concatenate recorded episodes into a dataset folder.
 
-    parts: paths of .npz files, one an episode.  segments: one (task, first, last) an episode, frame numbers within it, or None.
-    """
+    parts: paths of .npz files, one an episode, each with the FIELDS (scene_obs may be missing in all of them).
+    segments: one (task, first, last) an episode, frame numbers within it, or None.
+    Writes through plain files: a memory map would crash the program on a full disk, without a word."""
     out = Path(out)
+    if not parts:
+        raise InputError(f"there is nothing to pack into {out}: not one episode was recorded")
     lengths = [len(np.load(p)["rel_actions"]) for p in parts]
     ends = np.cumsum(lengths)
     ids = np.stack([ends - lengths, ends - 1], 1).astype(np.int64)                       # [E, 2]
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    arrays = {}
-    for (first, last), part in zip(ids, parts):
-        with np.load(part) as episode:
-            for key in FIELDS:
-                value = episode[key]
-                if key not in arrays:
-                    arrays[key] = np.lib.format.open_memmap(temporary / f"{key}.npy", "w+", FIELDS[key][1],
-                                                            (int(ends[-1]),) + value.shape[1:])
-                arrays[key][first:last + 1] = value
-    for array in arrays.values():
-        array.flush()
-    size = int(arrays["rgb_static"].shape[1])
-    np.save(temporary / "ep_start_end_ids.npy", ids)
-    placed = [] if segments is None else [[task, int(ids[i, 0]) + a, int(ids[i, 0]) + b] for i, (task, a, b) in enumerate(segments)]
-    meta = dict(meta, frames=int(ends[-1]), image_size=size, segments=placed, numpy=np.__version__, written=time.strftime("%Y-%m-%d"))
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(temporary, out)
+    with writing(out), contextlib.ExitStack() as stack:
+        temporary.mkdir(parents=True)
+        files = {}
+        for part in parts:
+            with np.load(part) as episode:
+                frames = {key: episode[key] for key in FIELDS if key in episode or key not in OPTIONAL}
+            for key, values in frames.items():
+                dtype = FIELDS[key][1]
+                if key not in files:
+                    files[key] = stack.enter_context(open(temporary / f"{key}.npy", "wb"))
+                    npy_start(files[key], (int(ends[-1]), *values.shape[1:]), dtype)
+                files[key].write(np.ascontiguousarray(values, dtype))
+        size = int(frames["rgb_static"].shape[1])
+        np.save(temporary / "ep_start_end_ids.npy", ids)
+        placed = []
+        for first, (task, a, b) in zip(ids[:, 0], segments or ()):
+            placed.append([task, int(first) + a, int(first) + b])
+        meta = dict(meta, frames=int(ends[-1]), image_size=size, segments=placed, numpy=np.__version__, written=time.strftime("%Y-%m-%d"))
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+    replace_folder(temporary, out)
+
+
+def npy_start(file, shape, dtype):
+    """Write an .npy header.  -> its length in bytes"""
+    header = dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
+
+
+def replace_folder(temporary, out):
+    """Put a finished folder in the place of an old one."""
+    with writing(out):
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(temporary, out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,26 +148,35 @@ def pack(parts, out, meta, segments=None):
 
 class Dataset:
     """A recorded dataset, memory-mapped.  ds["robot_obs"] is an array [N, 15]; ds.episodes is [E, 2] with inclusive ends;
-    ds.segments is a list of (task, first, last) frame numbers, both inclusive; ds.meta is the content of meta.json."""
+    ds.segments is a list of (task, first, last) frame numbers, both inclusive; ds.meta is the content of meta.json.
 
-    def __init__(self, path):
+    frames_in: the folder of the frames, if they lie in another one than the index (play that is somebody's --data).
+    Without scene state (no scene_obs.npy, or nothing but zeros in it) has_scene is False and ds["scene_obs"] is zero."""
+
+    def __init__(self, path, frames_in=None):
         self.path = Path(path)
         if not (self.path / "meta.json").exists():
-            raise InputError(f"there is no dataset in {self.path} (meta.json is missing): record one with --stage play and --stage demos, "
-                             f"or import CALVIN with 'python data.py import'")
+            raise InputError(f"there is no dataset in {self.path} (meta.json is missing): record one with --stage play and "
+                             f"--stage demos, or import CALVIN with 'python data.py import'")
         self.arrays = {}
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
-            for key, (_, dtype) in FIELDS.items():
-                self.arrays[key] = np.load(self.path / f"{key}.npy", mmap_mode="r")
+            folder = Path(frames_in or self.meta.get("frames_in") or self.path)
+            for key in FIELDS:
+                if key not in OPTIONAL or (folder / f"{key}.npy").exists():
+                    self.arrays[key] = np.load(folder / f"{key}.npy", mmap_mode="r")
             self.episodes = np.load(self.path / "ep_start_end_ids.npy")
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"the dataset in {self.path} is damaged ({error}): delete the folder and record or import it again") from error
-        self.segments = [tuple(s) for s in self.meta["segments"]]
+            self.segments = [tuple(s) for s in self.meta["segments"]]
+            self.frames, self.image_size = int(self.meta["frames"]), int(self.meta["image_size"])
+        except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"the dataset in {self.path} is damaged ({type(error).__name__}: {error}): "
+                             f"delete the folder and record or import it again") from error
+        self.arrays.setdefault("scene_obs", np.broadcast_to(np.float32(0), (self.frames, 24)))
         self.check()
+        self.has_scene = bool(np.any(self.arrays["scene_obs"]))
 
     def check(self):
-        n, s = self.meta["frames"], self.meta["image_size"]
+        n, s = self.frames, self.image_size
         for key, (shape, dtype) in FIELDS.items():
             want = (n,) + tuple(s if d == "S" else d for d in shape)
             if self.arrays[key].shape != want or self.arrays[key].dtype != dtype:
@@ -144,7 +194,7 @@ class Dataset:
         return self.arrays[key]
 
     def __len__(self):
-        return self.meta["frames"]
+        return self.frames
 
     def split(self, held_out):
         """Episodes [E1, 2] to train on and [E2, 2] to test on: every 1/held_out-th one is held out, so both cover the whole recording."""
@@ -184,6 +234,7 @@ CHUNK = 128        # frames a worker converts at a time: the unit of resuming, a
 NPY_START = 128    # bytes of header that numpy gives the arrays made here
 AGAIN = "download it again, then run the same command (finished frames are kept)"
 STOPPED = "then run the same command again (finished frames are kept)"
+MORE_SPACE = f"free some disk space, {STOPPED}"
 
 
 @functools.lru_cache(maxsize=None)
@@ -266,7 +317,7 @@ def import_chunk(source, folder, numbers, first, size):
                 file.seek(NPY_START + first * values[0].nbytes)
                 file.write(values)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}; free some disk space, {STOPPED}") from error
+        raise InputError(f"cannot write {folder}: {error.strerror or error}; {MORE_SPACE}") from error
     return int((np.abs(given - chunk["rel_actions"]) > 1e-5).any(1).sum())
 
 
@@ -374,9 +425,9 @@ def read_language(source, episodes):
 
 def announce(source, out, temporary, numbers, size, workers):
     """Say what the import will cost in disk and time before it starts, and refuse when the disk is too small."""
-    need = len(numbers) * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in sized_fields(size).values())
+    need = len(numbers) * frame_bytes(size)
     kept = sum(f.stat().st_blocks * 512 for f in temporary.glob("*.npy")) if os.name == "posix" else 0      # when resuming
-    free = kept + shutil.disk_usage(next(p for p in out.absolute().parents if p.is_dir())).free
+    free = kept + free_space(out.absolute().parent)
     started, probe = time.perf_counter(), numbers[:16]
     for number in probe:
         [area_resize(value, size) for value in read_frame(source, number).values() if value.ndim == 3]
@@ -399,7 +450,11 @@ def begin(temporary, key, frames, size):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, (shape, dtype) in sized_fields(size).items():
-            assert np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (frames, *shape)).offset == NPY_START
+            with open(temporary / f"{name}.npy", "wb") as file:
+                start = npy_start(file, (frames, *shape), dtype)
+                file.truncate(start + frames * math.prod(shape) * np.dtype(dtype).itemsize)
+            if start != NPY_START:
+                raise RuntimeError(f"this NumPy ({np.__version__}) writes a header of {start} bytes, not {NPY_START}")
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"cannot write {temporary}: {error.strerror or error}; choose an --out folder with space where you may write") from error
@@ -415,7 +470,7 @@ def convert(source, temporary, numbers, size, workers, state):
     for first, mended in run_jobs(jobs, workers):
         state["done"].append(first)
         state["mended"] += mended
-        write_atomic(temporary / "progress.json", lambda path: path.write_text(json.dumps(state)))
+        write_atomic(temporary / "progress.json", lambda path: path.write_text(json.dumps(state)), MORE_SPACE)
         count, now = count + len(jobs[first][2]), time.perf_counter()
         if count in (len(jobs[first][2]), todo) or now - shown >= (0.5 if terminal else 10):
             rate, shown = count / (now - start), now
@@ -446,17 +501,18 @@ def import_calvin(source, out, image_size=64, workers=2):
         meta = dict(source="calvin", renderer="calvin dataset", split="/".join(source.resolve().parts[-2:]), segments_left_out=left_out,
                     actions_mended=state["mended"], frames=len(numbers), image_size=image_size, segments=segments,
                     numpy=np.__version__, written=time.strftime("%Y-%m-%d"))
-        write_atomic(temporary / "ep_start_end_ids.npy", lambda path: np.save(path, ids))
-        write_atomic(temporary / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
+        write_atomic(temporary / "ep_start_end_ids.npy", lambda path: np.save(path, ids), MORE_SPACE)
+        write_atomic(temporary / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)), MORE_SPACE)
         Dataset(temporary)                                          # the checks that every reader makes
     except BaseException:
         if not state["done"]:                                       # nothing that would be worth resuming
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    (temporary / "progress.json").unlink()
-    if out.is_dir():
-        out.rmdir()                                                 # empty, as seen above; Windows cannot rename onto it
-    os.replace(temporary, out)
+    with writing(out, MORE_SPACE):
+        (temporary / "progress.json").unlink()
+        if out.is_dir():
+            out.rmdir()                                             # empty, as seen above; Windows cannot rename onto it
+        os.replace(temporary, out)
     if state["mended"]:
         print(f"{state['mended']} actions were mended to CALVIN's definition: motion clipped to -1..1, gripper 0 made -1")
     print(f"{len(numbers)} frames, {len(episodes)} episodes, {len(segments)} segments in {out}; look at them: python data.py inspect {out}")
@@ -472,24 +528,28 @@ NAMES = {
 }
 
 
-def inspect(path):
-    """Print what a dataset holds (lengths in frames, positions in m, angles in rad) and write contact_sheet.png into it."""
+def inspect(path, out=None):
+    """Print what a dataset holds (lengths in frames, positions in m, angles in rad) and draw it into the file out, contact_sheet.png."""
     ds = Dataset(path)
     lengths = ds.episodes[:, 1] - ds.episodes[:, 0] + 1
-    print(f"{path}: {len(ds)} frames ({len(ds) / 1800:.1f} minutes at 30 Hz), images {ds.meta['image_size']} px, "
+    print(f"{path}: {len(ds)} frames ({len(ds) / 1800:.1f} minutes at 30 Hz), images {ds.image_size} px, "
           f"{len(lengths)} episodes of {lengths.min()} to {lengths.max()} frames")
     print(", ".join(f"{key}: {value}" for key, value in ds.meta.items() if key != "segments"))
     for task in sorted({task for task, _, _ in ds.segments}):
         spans = [b - a + 1 for t, a, b in ds.segments if t == task]
         print(f"  {task:32s} {len(spans):5d} segments of {min(spans)} to {max(spans)} frames")
     for key, names in NAMES.items():
+        if key == "scene_obs" and not ds.has_scene:
+            print("  no scene state: success is what the segments' ends show, and no task rule can check it")
+            continue
         for name, low, high in zip(names.split(), ds[key].min(0), ds[key].max(0)):
             print(f"  {key + ' ' + name:32s} {low:9.4f} to {high:9.4f}")
-    contact_sheet(ds)
-    print(f"wrote {ds.path / 'contact_sheet.png'}")
+    out = Path(out or ds.path / "contact_sheet.png")
+    contact_sheet(ds, out)
+    print(f"wrote {out}")
 
 
-def contact_sheet(ds, columns=8, rows=40):
+def contact_sheet(ds, out, columns=8, rows=40):
     """A picture of each task's first segment from start to end, static camera over gripper camera; of episodes if there are no segments."""
     from matplotlib.figure import Figure                            # here, as nothing else needs it; works without a display
     spans = list({task: (task, a, b) for task, a, b in reversed(ds.segments)}.values())
@@ -500,7 +560,7 @@ def contact_sheet(ds, columns=8, rows=40):
         axis.imshow(np.concatenate([np.concatenate(list(ds[key][frames]), 1) for key in ("rgb_static", "rgb_gripper")]))    # [2 S, columns * S, 3]
         axis.set_title(f"{title}, frames {a} to {b}", fontsize=9)
         axis.axis("off")
-    write_atomic(ds.path / "contact_sheet.png", lambda path: figure.savefig(path, dpi=100))
+    write_atomic(out, lambda path: figure.savefig(path, dpi=100, format="png"), "give another place for the picture: --out sheet.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -515,7 +575,7 @@ def read_arguments(argv):
     parser.error = refuse
     parser.add_argument("command", choices=["import", "inspect"], help="convert a CALVIN split into a dataset, or print and draw what a dataset holds")
     parser.add_argument("folder", help="import: the folder with ep_start_end_ids.npy, such as task_D_D/training; inspect: a dataset")
-    parser.add_argument("--out", help="import: folder of the new dataset")
+    parser.add_argument("--out", help="import: folder of the new dataset; inspect: file of the picture (default: in the dataset)")
     parser.add_argument("--image-size", type=int, default=64, help="import: pixels along a side (default 64, the paper's)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="import: processes (default: one a core, at most 8)")
     arguments, unknown = parser.parse_known_args(argv)
@@ -534,8 +594,8 @@ def main(argv=None):
         if arguments.command == "import":
             import_calvin(arguments.folder, arguments.out, arguments.image_size, arguments.workers)
         else:
-            inspect(arguments.folder)
-    except InputError as error:
+            inspect(arguments.folder, arguments.out)
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -47,11 +47,12 @@ import torch.nn.functional as F
 import calvin_sim
 import report
 from calvin_sim import TASKS, advance_target
-from data import Dataset, InputError, action_chunks, window_starts, write_atomic
+from data import InputError, action_chunks, window_starts
 from evaluate import stage_eval, stage_report
 from recording import Recording, decode_pose, encode_command, encode_proprio
-from runs import (STAGES, Snapshots, check_config, cosine_lr, load, output, pack_recorded, parse, record, restore, run_stage, save, seed_everything, stamp, train,
-                  use_given_demos, use_given_play, versions)
+from runs import (STAGES, Snapshots, called_by_a_worker, check_config, cosine_lr, load, load_judges, output, pack_recorded,
+                  parse, record, remember, restore, run_stage, save, seed_everything, stamp, tasks_of, train,
+                  use_given_demos, use_given_play)
 
 # ======================================================================================================================
 # 1  Config.  Every setting of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -146,7 +147,7 @@ class Config:
     ft_clip: float = 0.03           # clip range at the last denoising step (paper: .01)
     ft_clip_first: float = 0.003    # clip range at the noisiest fine-tuned step (paper: .001)
     ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
-    ft_value: float = 0.5           # weight of the value loss (paper: .5)
+    ft_value: float = 0.5           # weight of the value loss, a plain mean square (paper: .5, on a loss with another half inside)
     ft_bc: float = 0.05             # alpha_BC, pull towards the frozen policy's chains (paper: .05; ten demonstrations and labelled play: .01)
     ft_snapshot: int = 9            # keep the weights every so many iterations, for the learning curve
     # eval
@@ -622,7 +623,9 @@ class DiffusionActor(nn.Module):
 
     @torch.no_grad()
     def act_ddim(self, feature, steps=5):
-        """DDIM with eta = 0: the same nets in fewer, deterministic steps [B, H, A].  It has no density, so PPO cannot use it."""
+        """DDIM with eta = 0: the same nets in fewer, deterministic steps [B, H, A].  It has no density, so PPO cannot use it.
+
+        The steps are spread from the first to the last, 19 14 10 5 0 of 20; DPPO's are 16 12 8 4 0."""
         x = torch.randn(len(feature), self.cfg.bc_chunk, 7, device=feature.device)
         times = torch.linspace(self.K - 1, 0, steps).round().int().tolist()
         for t, following in zip(times, times[1:] + [-1]):
@@ -678,7 +681,7 @@ def demonstration_views(cfg, wm, recording, offsets=7, draws=2):
     Returns feature, first feature of the same window [P, F], frame numbers [P], start frames [P]."""
     segments = [(a, b) for _, a, b in recording.ds.segments]
     for i, (a, b) in enumerate(segments):
-        done = np.flatnonzero(calvin_sim.success(cfg.task, recording.scene[a], recording.scene[a:b + 1]))
+        done = np.flatnonzero(recording.success(cfg.task, a, np.arange(a, b + 1)))
         segments[i] = (a, min(b, a + done[0] + 4) if len(done) else b)                               # success shows in it and in four more frames
     starts = np.array([(s, b) for a, b in segments for s in range(a, b - 3, offsets)])               # at least five frames a view
     length = int((starts[:, 1] - starts[:, 0]).max()) + 1
@@ -849,7 +852,9 @@ def clip_schedule(cfg, links, device):
     return cfg.ft_clip_first + (cfg.ft_clip - cfg.ft_clip_first) * (torch.exp(3 * x) - 1) / (math.exp(3) - 1)
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the running std of the discounted return, clipped to +-10; state lives in buffers, so it is saved and resumed."""
+    """Divides rewards by the running std of the discounted return, clipped to +-10; state lives in buffers, so it is saved and resumed.
+
+    The statistics take in a whole rollout before it is scaled; DPPO's take in one time step after the other."""
 
     def __init__(self):
         super().__init__()
@@ -983,7 +988,8 @@ def stage_play(cfg):
     parts = folder.with_name("play.parts")
     judges = {task: (base + 500_000 + 1000 * i, cfg.play_replay, 0) for i, task in enumerate(TASKS)}
     good = record(cfg, parts, {"play": (base, max(10, cfg.play_frames // cfg.play_episode), cfg.play_episode), **judges})
-    pack_recorded(cfg, "play", folder.with_name("replay"), {task: good[task] for task in TASKS})
+    if cfg.play_replay:
+        pack_recorded(cfg, "play", folder.with_name("replay"), {task: good[task] for task in TASKS})
     pack_recorded(cfg, "play", folder, {"play": good["play"]})
     shutil.rmtree(parts)
 
@@ -1032,8 +1038,9 @@ def stage_wm(cfg):
 
     partial = train(cfg, "wm", cfg.wm_updates, state, update)
     wm.eval().requires_grad_(False)
-    replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
-    judged = report.judge_world_model(recording, replay, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
+    judges = load_judges(cfg)
+    judges = judges and Recording(cfg, judges, wm)
+    judged = report.judge_world_model(recording, judges, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
     print("  replay share " + "  ".join(f"{t} {s:.2f}" for t, s in judged["replay_share"].items()))
     save(output(cfg, "wm"), dict(stamp=stamp(cfg, "wm"), model=wm.state_dict(), judged=judged))
     partial.unlink(missing_ok=True)
@@ -1067,14 +1074,15 @@ def stage_bc(cfg):
 def stage_reward(cfg):
     """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
     wm, demos = load_world_model(cfg), load(cfg, "demos")
-    recording, replay = (Recording(cfg, dataset, wm) for dataset in (demos, Dataset(output(cfg, "play").with_name("replay"))))
+    recording = Recording(cfg, demos, wm)
     play = Recording(cfg, load(cfg, "play"))                # little of it is looked at: no codes in advance
     length = min(73, cfg.play_episode - 1)                  # frames: an evaluation's 72 control steps, as in stage_wm
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     feature, first, frame, start = demonstration_views(cfg, wm, recording)
-    label = torch.from_numpy(calvin_sim.success(cfg.task, recording.scene[start], recording.scene[frame])).to(cfg.device)
+    label = torch.from_numpy(recording.success(cfg.task, start, frame)).to(cfg.device)
     if not label.any():
-        raise InputError(f"no demonstration of {cfg.task} fulfils the task's rule, so nothing shows what success is: are the segments and scene_obs of {output(cfg, 'demos')} right?")
+        raise InputError(f"no demonstration of {cfg.task} fulfils the task's rule, so nothing shows what success is: "
+                         f"are the segments and scene_obs of {output(cfg, 'demos')} right?")
     # The kinds of a pair: 1 a success and 0 not one, by label; 2 unlabelled play, taken for 0, and 3 taken for 1 since a round.  The class is kind % 2
     groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
     if cfg.reward_labels != "demos":
@@ -1086,8 +1094,7 @@ def stage_reward(cfg):
             origin = rng.integers(0, len(frames), pick.shape) if cfg.reward_labels == "predicate" else rows.repeat(12, 1)   # [W, 12] windows
             then, now = f[torch.from_numpy(origin), 0].flatten(0, 1), f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1)   # [W * 12, F]
             if cfg.reward_labels == "predicate":
-                scenes = play.scene[frames[origin, 0]], play.scene[frames[rows, pick]]                # [W, 12, 24] twice
-                happened = torch.from_numpy(calvin_sim.success(cfg.task, *scenes).ravel()).to(cfg.device)
+                happened = torch.from_numpy(play.success(cfg.task, frames[origin, 0], frames[rows, pick]).ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
                 groups.append((then, now, 2))               # unlabelled
@@ -1117,7 +1124,9 @@ def stage_reward(cfg):
     def verdict(feature):                                   # [W, T, F]: does it fire in any two steps running?  dream_chunk looks at a chunk's last two
         with torch.no_grad():
             return lasting(model, feature).any(1).cpu().numpy()
-    judged = report.trust(cfg.task, verdict, play, replay, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
+    judges = load_judges(cfg)
+    judges = judges and Recording(cfg, judges, wm)
+    judged = report.trust(cfg.task, verdict, play, judges, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
     save(output(cfg, "reward"), dict(stamp=stamp(cfg, "reward"), model=model.state_dict(), trust=judged))
     partial.unlink(missing_ok=True)
 
@@ -1189,24 +1198,41 @@ def load_policy(cfg, policy):
 # ======================================================================================================================
 
 def main(argv=None):
+    """Run a command line -> the exit code: 0, 2 when something given cannot be used, 130 when interrupted."""
+    if called_by_a_worker():
+        print("diwa: a script calls diwa.main() while it is being imported by a worker process: put that call under "
+              "'if __name__ == \"__main__\":'", file=sys.stderr)
+        sys.exit(2)
     try:
-        cfg = check_config(parse(argv, Config, PRESETS, __doc__.split("\n\n")[0], f"tasks: {', '.join(TASKS)}"))
-        folder = Path(cfg.runs) / cfg.run
-        write_atomic(folder / "config.json", lambda p: p.write_text(json.dumps(dict(settings=dataclasses.asdict(cfg), versions=versions(cfg)), indent=1)))
-        stages, tasks = [*STAGES, "report"] if cfg.stage == "all" else [cfg.stage], list(TASKS) if cfg.task == "all" else [cfg.task]
-        for task in tasks:
-            cfg = dataclasses.replace(cfg, task=task)
-            for stage in stages:
-                run_stage(cfg, stage, globals()[f"stage_{stage}"]) if stage in STAGES else stage_report(cfg)
-        if len(tasks) > 1 and "report" in stages:
-            print("\n".join(["", *report.table([json.loads((folder / f"result_{task}.json").read_text()) for task in tasks])]))
+        run(check_config(parse(argv, Config, PRESETS, __doc__.split("\n\n")[0], f"tasks: {', '.join(TASKS)}")))
     except InputError as error:
         print(f"\ndiwa: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:                                # a file that nothing above expected trouble with
+        print(f"\ndiwa: the file system refuses ({error}): free some disk space or choose another --runs folder, then run "
+              f"the same command again (finished work is kept)", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"\ndiwa: out of memory ({str(error).splitlines()[0] if str(error) else 'no more of it'}): try a smaller --wm_batch "
+              f"or fewer --ft_dreams, then run the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndiwa: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
+
+def run(cfg):
+    """The stages of --stage for the tasks of --task, one after the other."""
+    stages = [*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]
+    tasks = tasks_of(cfg) if cfg.task == "all" else [cfg.task]
+    for task in tasks:
+        cfg = dataclasses.replace(cfg, task=task)
+        for stage in stages:
+            run_stage(cfg, stage, globals()[f"stage_{stage}"]) if stage in STAGES else stage_report(cfg)
+    remember(cfg)
+    if len(tasks) > 1 and "report" in stages:
+        rows = [json.loads((Path(cfg.runs) / cfg.run / f"result_{task}.json").read_text()) for task in tasks]
+        print("\n".join(["", *report.table(rows)]))
 
 if __name__ == "__main__":
     sys.exit(main())

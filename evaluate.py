@@ -11,9 +11,10 @@ import torch
 
 import calvin_sim
 import report
-from data import Dataset, write_atomic
+from data import write_atomic
 from recording import Recording
-from runs import STAGES, in_processes, load, make_sim, output, read_log, seed_everything, sim_of, stamp, versions
+from runs import (STAGES, in_processes, load, load_file, load_judges, make_sim, output, read_log, seed_everything, sim_of, stamp,
+                  versions)
 
 
 def evaluation_job(job):
@@ -27,14 +28,14 @@ def evaluation_job(job):
     sims = [make_sim(**sim_of(cfg)) for _ in range(max(len(group) for group in groups))]
     for group in groups:
         seed_everything("evaluate", group[0])
-        results += run_episodes(cfg, agent, classifier, sims[:len(group)], group, record if group is groups[0] else 0)
+        results += run_episodes(cfg, agent, classifier, sims[:len(group)], group, record)
     for sim in sims:
         sim.close()
     return results
 
 
-def run_episodes(cfg, agent, classifier, sims, seeds, record=0):
-    """An episode a seed -> [dict(seed, success, steps, truth, real, dream: verdicts at chunk ends, dreamed_success, frames of the first few)]."""
+def run_episodes(cfg, agent, classifier, sims, seeds, record=()):
+    """An episode a seed -> [dict(seed, success, steps, truth, real, dream: verdicts at chunk ends, dreamed_success)], and frames for the seeds in record."""
     from diwa import dream_on, feature_of
     B, H = len(sims), cfg.bc_chunk
     obs = [sim.reset(*calvin_sim.sample_start(cfg.task, np.random.default_rng(seed))) for sim, seed in zip(sims, seeds)]
@@ -47,8 +48,8 @@ def run_episodes(cfg, agent, classifier, sims, seeds, record=0):
             begin, first = agent.state, feature_of(agent.state)
         elif t % H == 0:
             real.append(classifier.success(first, feature_of(agent.state)).numpy()), truth.append(solved.copy())
-        for i in range(min(B, record)):
-            if not frames[i] or steps[i] >= t:
+        for i in range(B):
+            if seeds[i] in record and (not frames[i] or steps[i] >= t):
                 frames[i].append(np.concatenate([obs[i]["rgb_static"], obs[i]["rgb_gripper"]], 1))
         if t == cfg.eval_steps or (t >= steps + H).all() and t % H == 0:
             break
@@ -61,8 +62,12 @@ def run_episodes(cfg, agent, classifier, sims, seeds, record=0):
     dreamed = dream_on(cfg, agent.wm, agent.actor, classifier, begin, first)
     real, truth, ends = np.stack(real, 1), np.stack(truth, 1), 1 - -steps // H                        # [B, T / H]
     cut = lambda x, i: [int(v) for v in x[i, :ends[i]]]
-    return [dict(seed=int(seeds[i]), success=bool(solved[i]), steps=int(steps[i]), truth=cut(truth, i), real=cut(real, i), dream=cut(dream, i),
-                 dreamed_success=bool(dreamed[i]), frames=frames[i]) for i in range(B)]
+    episodes = []
+    for i in range(B):
+        episode = dict(seed=int(seeds[i]), success=bool(solved[i]), steps=int(steps[i]), truth=cut(truth, i), real=cut(real, i),
+                       dream=cut(dream, i), dreamed_success=bool(dreamed[i]))
+        episodes.append(dict(episode, frames=frames[i]) if frames[i] else episode)
+    return episodes
 
 
 @torch.no_grad()
@@ -76,51 +81,100 @@ def replay_in_dream(wm, classifier, state, first, actions, chunk):
     return torch.stack(verdicts, 1).cpu().numpy()
 
 
-def evaluate(cfg, policies, seeds, record=0):
+def evaluate(cfg, policies, seeds, record=(), finished=None, keep=None):
     """Every policy ("bc", "tuned" or a snapshot's iteration) in the simulator, from the start states of the seeds -> {policy: episodes}
 
-    A group shares its noise, so the groups depend on the seeds alone, never on the number of processes."""
+    A group shares its noise, so the groups depend on the seeds alone, never on the number of processes.
+    record: seeds whose frames are kept.  finished: {policy/first seed of a group: episodes} that need not be done again; keep(finished) saves it."""
     size = 10 if cfg.sim == "tabletop" else 1               # in lock step, so that the networks run batched; calvin_env: one a process
     groups = [[int(s) for s in seeds[a:a + size]] for a in range(0, len(seeds), size)]
+    finished = {} if finished is None else finished
     jobs_a_policy = cfg.workers if cfg.sim == "tabletop" else max(cfg.workers, len(seeds) // 10)
     share = -(-len(groups) // jobs_a_policy)
-    jobs = [dict(cfg=dataclasses.asdict(cfg), policy=policy, groups=groups[a:a + share], record=record * (a == 0))
-            for policy in policies for a in range(0, len(groups), share)]
-    results = {policy: [] for policy in policies}
-    for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation")):
-        results[job["policy"]] += episodes
-    return results
+    jobs = []
+    for policy in policies:
+        todo = [group for group in groups if f"{policy}/{group[0]}" not in finished]
+        for a in range(0, len(todo), share):
+            jobs.append(dict(cfg=dataclasses.asdict(cfg), policy=policy, groups=todo[a:a + share], record=record))
+    for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation") if jobs else ()):
+        for group in job["groups"]:
+            finished[f"{job['policy']}/{group[0]}"] = [e for e in episodes if e["seed"] in group]
+        if keep:
+            keep(finished)
+    return {policy: [e for group in groups for e in finished[f"{policy}/{group[0]}"]] for policy in policies}
 
 
 def dream_evaluation(cfg):
-    """Without a simulator: before and after in the dream, from the recorded first frames of the judging demonstrations.  -> results, dream_success"""
+    """Without a simulator: before and after in the dream, once from each recorded first frame of the demonstrations that judge.
+
+    -> results, dream_success, trained_on: the frames are those of demonstrations that the policy was cloned from, for want of others"""
     from diwa import Agent, dream_on, load_policy
-    replay = Dataset(output(cfg, "play").with_name("replay"))
-    begin = np.array([a for task, a, _ in replay.segments if task == cfg.task])
-    frames, results = begin[np.arange(cfg.eval_episodes) % len(begin)], {}
+    recording = load_judges(cfg)
+    begin = [a for task, a, _ in recording.segments if task == cfg.task] if recording else []
+    trained_on = not begin or cfg.task in recording.meta.get("trained_on", [])
+    if not begin:
+        recording = load(cfg, "demos")
+        begin = [a for _, a, _ in recording.segments]
+    frames, results = np.array(begin[:cfg.eval_episodes]), {}
     for policy in ("bc", "tuned"):
         seed_everything("evaluate", cfg.seed)
         wm, actor, classifier = load_policy(cfg, policy)
         agent = Agent(cfg, wm, actor)
         agent.reset(len(frames))
-        first = agent.observe({key: replay[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
-        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dream_on(cfg, wm, actor, classifier, agent.state, first))]
-    return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])))
+        first = agent.observe({key: recording[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
+        believed = dream_on(cfg, wm, actor, classifier, agent.state, first)
+        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, believed)]
+    return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])), trained_on=trained_on)
+
+
+def start_seeds(cfg):
+    """Seeds of the start states that are reported, and of others, for the learning curve."""
+    base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(calvin_sim.TASKS).index(cfg.task)
+    return base + np.arange(cfg.eval_episodes), base + 5000 + np.arange(cfg.eval_curve)
+
+
+def rollout_path(cfg, name):
+    return output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif")
 
 
 def stage_eval(cfg):
     """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
+    path = output(cfg, "eval")
+    for name in ("before", "after"):
+        rollout_path(cfg, name).unlink(missing_ok=True)     # of an older evaluation
     if cfg.sim == "none":
         content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg))
-        return write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
-    base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(calvin_sim.TASKS).index(cfg.task)
-    results = evaluate(cfg, ("bc", "tuned"), base + np.arange(cfg.eval_episodes), record=2)
+        return write_atomic(path, lambda p: p.write_text(json.dumps(content)))
+    partial = path.with_suffix(".partial.json")
+    content = load_file(partial) if partial.exists() else {}
+    finished = content["finished"] if content.get("stamp") == stamp(cfg, "eval") else {}
+
+    def keep(finished):
+        write_atomic(partial, lambda p: p.write_text(json.dumps(dict(stamp=stamp(cfg, "eval"), finished=finished))))
+
+    reported, others = start_seeds(cfg)
+    results = evaluate(cfg, ("bc", "tuned"), reported, (), finished, keep)
+    snapshots = ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)] if cfg.eval_curve else []
+    curve = {}
+    for policy, episodes in evaluate(cfg, snapshots, others, (), finished, keep).items():
+        curve["0" if policy == "bc" else policy] = float(np.mean([e["success"] for e in episodes]))
+    dream_success = float(np.mean([r["dreamed_success"] for r in results["tuned"]]))
+    content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=dream_success)
+    write_atomic(path, lambda p: p.write_text(json.dumps(content)))
+    partial.unlink(missing_ok=True)
+
+
+def record_rollouts(cfg, results):
+    """The gifs before and after: two episodes run again with a camera, failures that became successes where there are some."""
+    seeds, _ = start_seeds(cfg)
+    turned = [r["seed"] for r, t in zip(results["bc"], results["tuned"]) if t["success"] and not r["success"]]
+    chosen = [*turned, *map(int, seeds)][:2]
+    size = 10 if cfg.sim == "tabletop" else 1
+    firsts = sorted({size * ((seed - int(seeds[0])) // size) for seed in chosen})
+    group = np.concatenate([seeds[a:a + size] for a in firsts])                         # whole groups: they share their noise
+    again = evaluate(cfg, ("bc", "tuned"), group, chosen)
     for policy, name in (("bc", "before"), ("tuned", "after")):
-        report.gif(output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif"), [f for r in results[policy] for f in r.pop("frames")])
-    others = evaluate(cfg, ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)], base + 5000 + np.arange(cfg.eval_curve))
-    curve = {"0" if policy == "bc" else policy: float(np.mean([r["success"] for r in episodes])) for policy, episodes in others.items()}
-    content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=float(np.mean([r["dreamed_success"] for r in results["tuned"]])))
-    write_atomic(output(cfg, "eval"), lambda p: p.write_text(json.dumps(content)))
+        report.gif(rollout_path(cfg, name), [f for r in again[policy] for f in r.get("frames", ())])
 
 
 @torch.no_grad()
@@ -128,18 +182,37 @@ def stage_report(cfg):
     """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
     from diwa import load_policy, views
     folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
-    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, read_log(cfg, "finetune", "dream_success"), evaluation, cfg.eval_curve, load(cfg, "reward")["trust"])
+    trust = load(cfg, "reward")["trust"]
+    if cfg.sim != "none" and not all(rollout_path(cfg, name).exists() for name in ("before", "after")):
+        record_rollouts(cfg, evaluation["results"])
+    dream_log = read_log(cfg, "finetune", "dream_success")
+    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, dream_log, evaluation, cfg.eval_curve, trust)
     wm, _, classifier = load_policy(cfg, "bc")
-    replay = Recording(cfg, Dataset(output(cfg, "play").with_name("replay")), wm)
-    a, b = next((a, b) for t, a, b in replay.ds.segments if t == cfg.task)
-    seen, dreamed, frames = views(wm, replay, np.array([a]), b - a + 1)
+    source, (a, b) = shown_span(cfg)
+    recording = Recording(cfg, source, wm)
+    seen, dreamed, frames = views(wm, recording, np.array([a]), b - a + 1)
     score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
-    truth = [replay.ds[k][frames[0]] for k in ("rgb_static", "rgb_gripper")]
+    truth = [recording.ds[k][frames[0]] for k in ("rgb_static", "rgb_gripper")]
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
     report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), 2, cfg.wm_stride)
-    minutes = {stage: read_log(cfg, stage, "minutes")[1][-1] for stage in STAGES if read_log(cfg, stage, "minutes")[1]}
-    lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, dict(load(cfg, "wm")["judged"], trust=load(cfg, "reward")["trust"]), minutes)
+    minutes = {}
+    for stage in STAGES:
+        if values := read_log(cfg, stage, "minutes")[1]:
+            minutes[stage] = values[-1]
+    judges = load_judges(cfg)
+    judged = dict(load(cfg, "wm")["judged"], trust=trust, trained_on=judges.meta.get("trained_on", []) if judges else [])
+    lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, judged, minutes)
     print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
+
+
+def shown_span(cfg):
+    """What the dream's picture shows: the first demonstration of the task that judges, else a stretch of held-out play.  -> dataset, (first, last)"""
+    judges, play = load_judges(cfg), load(cfg, "play")
+    spans = [(a, b) for task, a, b in judges.segments if task == cfg.task] if judges else []
+    if spans:
+        return judges, spans[0]
+    a, b = play.split(0.1)[1][0]
+    return play, (a, min(b, a + cfg.eval_steps))
 
 
 class SimEnv:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calvin_sim import TASKS, possible, success
-from data import window_starts
+from calvin_sim import TASKS, possible
+from data import InputError, window_starts, write_atomic
 
 PROBED = {"slider": 0, "drawer": 1, "lever": 3, "bulb": 4, "led": 5}              # name: index in scene_obs
 MOVED = {"slider": 0.02, "drawer": 0.02, "lever": 0.01, "bulb": 0.5, "led": 0.5, "tcp": 2.0}   # counts as having moved; m, m, m, 0/1, 0/1, cm
@@ -64,22 +64,26 @@ def probe_targets(recording, frames):
     return torch.from_numpy(np.concatenate([recording.scene[frames][..., list(PROBED.values())], tcp], -1)).to(device)
 
 
-def judge_world_model(recording, replay, views, length, rng):
+def judge_world_model(recording, judges, views, length, rng):
     """Held-out open-loop errors and the replay share, read by a linear probe that was fitted on training play only.
 
-    recording: the play; replay: demonstrations of all tasks that nothing is trained on; views(recording, starts, length, last) -> posterior and
-    dreamed features, frames.  -> tables for the report"""
+    recording: the play; judges: demonstrations of all tasks that nothing is trained on, or None; views(recording, starts, length, last) -> posterior
+    and dreamed features, frames.  Without scene state only the arm can be judged.  -> tables for the report"""
     train_episodes, test_episodes = recording.ds.split(0.1)
     seen, dreamed, frames = views(recording, rng.choice(window_starts(train_episodes, length), 300), length)
     target = probe_targets(recording, frames)
     probe = fit_probe(torch.cat([seen, dreamed]).flatten(0, 1), torch.cat([target, target]).flatten(0, 1))
     _, dreamed, frames = views(recording, rng.choice(window_starts(test_episodes, length), 400), length)
-    tables = dict(open_loop=open_loop_errors(read_probe(probe, dreamed), probe_targets(recording, frames), recording.cfg.wm_stride), replay_share={}, replay_share_watched={})
-    for task in sorted({t for t, _, _ in replay.ds.segments}, key=list(TASKS).index):
-        first, last = np.array([(a, b) for t, a, b in replay.ds.segments if t == task]).T
-        seen, dreamed, frames = views(replay, first, int((last - first).max()) + 1, last)
+    errors = open_loop_errors(read_probe(probe, dreamed), probe_targets(recording, frames), recording.cfg.wm_stride)
+    if not recording.ds.has_scene:
+        errors = [row for row in errors if row["what"] == "tcp"]
+    tables = dict(open_loop=errors, replay_share={}, replay_share_watched={})
+    segments = judges.ds.segments if judges else []
+    for task in [name for name in TASKS if any(t == name for t, _, _ in segments) and judges.has_rule(name)]:
+        first, last = np.array([(a, b) for t, a, b in segments if t == task]).T
+        seen, dreamed, frames = views(judges, first, int((last - first).max()) + 1, last)
         column = list(PROBED.values()).index(TASKS[task].index)
-        truth = probe_targets(replay, frames)[..., column]
+        truth = probe_targets(judges, frames)[..., column]
         for name, feature in (("replay_share", dreamed), ("replay_share_watched", seen)):
             tables[name][task] = share_of_change(read_probe(probe, feature)[..., column], truth)
     return tables
@@ -114,21 +118,26 @@ def share_of_change(guess, truth):
     return ((guess[:, -1] - guess[:, 0]) / (truth[:, -1] - truth[:, 0]) > 0.6).float().mean().item()
 
 
-def trust(task, verdict, play, replay, views, length, rng):
+def trust(task, verdict, play, judges, views, length, rng):
     """Can the dream tell success from failure?  Recorded attempts that nothing was trained on are dreamed again, action by action, from their first frame.
 
-    Held-out demonstrations that succeed within `length` frames; and as long stretches of held-out play from where the task can be done: most of it does
-    something else, some of it fails nearly, and what succeeds does so in passing.  verdict(features [W, T, F]) -> [W] bool, the classifier's.
+    Held-out demonstrations that succeed within `length` frames (judges, or None); and, where a rule can tell, as long stretches of held-out play from
+    where the task can be done: most of it does something else, some of it fails nearly, and what succeeds does so in passing.
+    verdict(features [W, T, F]) -> [W] bool, the classifier's.
     -> for both [[successes judged successes, judged failures], [failures judged successes, judged failures]]"""
-    starts = window_starts(play.ds.split(0.1)[1], length)
-    starts = starts[possible(task, play.scene[starts])]
-    first, last = np.array([(a, b) for t, a, b in replay.ds.segments if t == task]).reshape(-1, 2).T
+    windows = []
+    if play.has_rule(task):
+        starts = window_starts(play.ds.split(0.1)[1], length)
+        starts = starts[possible(task, play.scene[starts])]
+        windows.append(("play", play, rng.choice(starts, min(200, len(starts)), replace=False), None))
+    if judges:
+        first, last = np.array([(a, b) for t, a, b in judges.ds.segments if t == task], int).reshape(-1, 2).T
+        windows.append(("demonstrations", judges, first, np.minimum(last, first + length - 1)))
     tables = dict(demonstrations=np.zeros((2, 2), int), play=np.zeros((2, 2), int))
-    for name, recording, begin, end in (("play", play, rng.choice(starts, min(200, len(starts)), replace=False), None),
-                                        ("demonstrations", replay, first, np.minimum(last, first + length - 1))):
+    for name, recording, begin, end in windows:
         if len(begin):
             _, dreamed, frames = views(recording, begin, length, end)
-            truth = success(task, recording.scene[frames[:, :1]], recording.scene[frames]).any(1)
+            truth = recording.success(task, frames[:, :1], frames).any(1)
             counts = truth | (name == "play")               # a slower demonstration is cut before it succeeds: it is no failure
             np.add.at(tables[name], (1 - truth[counts], 1 - verdict(dreamed)[counts]), 1)
     return {name: table.tolist() for name, table in tables.items()}
@@ -188,27 +197,38 @@ def removed(before, after, draws=2000):
     return f"{percent(share(failures.sum(-1)))} " + "[{:.0f}, {:.0f}]".format(*np.percentile(100 * share(drawn), (2.5, 97.5)))
 
 
+def published(task):
+    """The papers' numbers for a task -> "BC, DiWA; WAM %", "-" for one that they do not have."""
+    return "{}, {}; {} %".format(*PAPER[task]) if task in PAPER else "-"
+
+
+def mean_share(shares):
+    """Mean of those that were measured; a recording without scene state has none."""
+    known = [share for share in shares if share is not None]
+    return f"{np.mean(known):.2f}" if known else "-"
+
+
 def table(rows):
     """The README's results table from result rows, one line a task, its seeds pooled and each one's success in brackets; of several rows also what they say together."""
     lines = ["| task | seeds | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised; failures believed | reward: precision, recall "
              "| DiWA paper: BC, DiWA; WAM | min |", "|" + "---|" * 12]
-    rows = sorted(rows, key=lambda r: (list(PAPER).index(r["task"]), r["seed"]))
-    for task, (bc, diwa, wam) in PAPER.items():
+    tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
+    tasks += sorted({r["task"] for r in rows} - set(tasks))  # that the papers do not know
+    rows = sorted(rows, key=lambda r: (tasks.index(r["task"]), r["seed"]))
+    for task in tasks:
         group = [r for r in rows if r["task"] == task]
-        if not group:
-            continue
         pooled = {key: np.concatenate([r[key] for r in group]) for key in ("before", "after")}
         each = {key: " (" + ", ".join(f"{100 * np.mean(r[key]):.0f}" for r in group) + ")" if len(group) > 1 else "" for key in pooled}
         lines.append(f"| {task} | {', '.join(str(r['seed']) for r in group)} | {len(pooled['before'])} | {rate(pooled['before'])}{each['before']} | {rate(pooled['after'])}{each['after']} | {difference(**pooled)[0]} | {opinion(group)} | "
-                     f"{np.mean([r['replay_share'][task] for r in group]):.2f} | " + f"{pooled_trust(group)} | "
+                     f"{mean_share([r['replay_share'].get(task) for r in group])} | {pooled_trust(group)} | "
                      + ("{:.2f}, {:.2f}".format(*np.mean([r["classifier"] for r in group], 0)) if "classifier" in group[0] else "-")
-                     + f" | {bc}, {diwa}; {wam} % | {np.mean([sum(r['minutes'].values()) for r in group]):.0f} |")
+                     + f" | {published(task)} | {np.mean([sum(r['minutes'].values()) for r in group]):.0f} |")
     if len(rows) > 1:
         before, after, dream = (np.array([np.mean(r[key]) for r in rows]) for key in ("before", "after", "dream"))
         pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
-        share = np.mean([np.mean(list(r["replay_share"].values())) for r in rows])
+        share = mean_share([share for r in rows for share in r["replay_share"].values()])
         prices = [max(r["curve"].values()) - list(r["curve"].values())[-1] for r in rows if r["curve"]]
-        lines += [f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} | {difference(*pairs)[0]} | {opinion(rows)} | {share:.2f} (all eight) | {pooled_trust(rows)} | | | |", "",
+        lines += [f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} | {difference(*pairs)[0]} | {opinion(rows)} | {share} (all eight) | {pooled_trust(rows)} | | | |", "",
                   f"Fine-tuning removed {removed(*pairs)} of what cloning fails (paper: DiWA 64 %, WAM about 80 %); dream and simulator differ by {100 * np.abs(dream - after).mean():.0f} points on average"
                   + (f"; the best checkpoint in hindsight would be {100 * np.mean(prices):.0f} points better than the last one, on the learning curve's starts." if prices else ".")]
     return lines
@@ -216,54 +236,98 @@ def table(rows):
 
 def write(folder, task, settings, versions, evaluation, judged, minutes):
     """runs/<name>/report.md.  evaluation: content of eval_<task>.json; judged: the world model's own tables; minutes: {stage: minutes}."""
-    before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
-    n, paper, simulated = len(before), PAPER[task], settings["sim"] != "none"
-    dream_before = float(np.mean([r["dreamed_success"] for r in evaluation["results"]["bc"]] if simulated else before))
-    lines = [f"# {task}: practised in a dream", "",
-             f"{n} start states, the same before and after; at most {settings['eval_steps']} steps; CALVIN's task rule; 95 % intervals. Seed {settings['seed']}, preset {settings['preset']}.",
-             "", f"| success in the {'simulator' if simulated else 'dream (no simulator was given)'} | this run |", "|---|---|",
-             *success_rows(before, after, dream_before, evaluation["dream_success"])[:4 if simulated else 3],
-             f"| the paper's row, real CALVIN (BC, DiWA, WAM) | {paper[0]}, {paper[1]}, {paper[2]} % |", "",
+    simulated = settings["sim"] != "none"
+    rows = evaluation["results"]
+    before, after = ([r["success"] for r in rows[p]] for p in ("bc", "tuned"))
+    dream_before = float(np.mean([r["dreamed_success"] for r in rows["bc"]] if simulated else before))
+    opinion_line = success_rows(before, after, dream_before, evaluation["dream_success"])
+    lines = [f"# {task}: practised in a dream", "", exam(settings, evaluation, len(before)), "",
+             f"| success in the {'simulator' if simulated else 'dream (no simulator was given)'} | this run |", "|---|---|",
+             *opinion_line[:4 if simulated else 3],
+             f"| the papers' row, real CALVIN (BC, DiWA; WAM) | {published(task)} |", "",
              f"No simulator step was used between the recorded data and the fine-tuned policy. Reward labels: {settings['reward_labels']}.", "",
-             f"![learning curve](curves_{task}.png)", "", f"![dream](dream_{task}.gif)" + (f" ![before](rollout_before_{task}.gif) ![after](rollout_after_{task}.gif)" if simulated else "")]
+             f"![learning curve](curves_{task}.png)", "", f"![dream](dream_{task}.gif)"]
     if simulated:
-        lines += ["", "## The success classifier on held-out policy rollouts", "",
-                  "Every chunk end of the evaluation episodes, failures included; the same actions replayed in the dream from the first frame.", "",
-                  "| rollouts of | seen | precision | recall | failed episodes in which it fires |", "|---|---|---|---|---|"]
-    for policy in ("bc", "tuned") if simulated else ():
-        for where in ("real", "dream"):
-            rows = evaluation["results"][policy]
-            verdict = [v for r in rows for v in r[where]]
-            truth = [t for r in rows for t in r["truth"]]
-            p, r = precision_recall(verdict, truth)
-            failed = [x for x in rows if not x["success"]]
-            fired = np.mean([any(x[where]) for x in failed]) if failed else float("nan")
-            lines.append(f"| {policy} | {'real frames' if where == 'real' else 'dream'} | {p:.2f} | {r:.2f} | {fired:.2f} of {len(failed)} |")
-    lines += ["", "## Can the dream tell success from failure?", "",
-              "Recorded attempts that nothing was trained on (demonstrations, and play from where the task can be done), dreamed again action by action:", "",
-              "| recorded | dreamed: success | dreamed: failure |", "|---|---|---|"]
-    lines += [f"| {truth} in {name} | {yes} | {no} |" for name, counts in judged["trust"].items() for truth, (yes, no) in zip(("success", "failure"), counts) if yes + no]
-    lines += ["", "## The world model on recordings it has not seen", "",
-              "Replay share: a held-out demonstration's actions, replayed in the dream from its first frame; in what share does the task's object make more",
-              "than 60 % of its true change?  (A linear probe reads the feature.)", "", "| task | " + " | ".join(judged["replay_share"]) + " | mean |",
-              "|---|" + "---|" * (len(judged["replay_share"]) + 1)]
-    for name, key in (("dreamed", "replay_share"), ("watched", "replay_share_watched")):
-        v = list(judged[key].values())
-        lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in v) + f" | {np.mean(v):.2f} |")
-    lines += ["", "Open-loop error from one frame (m, tcp in cm, lights 0..1), against \"nothing moves\":", "",
-              "| what | steps | error | nothing moves | where it moves: windows | error | nothing moves | as much as a task asks: windows | dreamed | false alarms |", "|" + "---|" * 10]
-    lines += [f"| {r['what']} | {r['step']} | {r['error']:.3f} | {r['still']:.3f} | {r['windows']} | {r['error_moving']:.3f} | {r['still_moving']:.3f} | "
-              + (f"{r['events']} | {percent(r['hits'])} | {percent(r['false'])} |" if "events" in r else "| | |") for r in judged["open_loop"]]
+        lines[-1] += f" ![before](rollout_before_{task}.gif) ![after](rollout_after_{task}.gif)"
+        lines += classifier_lines(rows)
+    lines += trust_lines(task, judged) + world_model_lines(judged)
     lines += ["", "## Minutes", "", "| " + " | ".join(minutes) + " | all |", "|" + "---|" * (len(minutes) + 1),
               "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |", "",
               "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
-    row = dict(task=task, seed=settings["seed"], preset=settings["preset"], before=[int(x) for x in before], after=[int(x) for x in after], dream_before=dream_before, dream=evaluation["dream_success"],
-               curve=evaluation["curve"], replay_share=judged["replay_share"], labels=settings["reward_labels"], minutes=minutes, versions=versions, trust=judged["trust"])
+    row = dict(task=task, seed=settings["seed"], preset=settings["preset"], before=[int(x) for x in before], after=[int(x) for x in after],
+               dream_before=dream_before, dream=evaluation["dream_success"], curve=evaluation["curve"], replay_share=judged["replay_share"],
+               labels=settings["reward_labels"], minutes=minutes, versions=versions, trust=judged["trust"])
     if simulated:
-        row["classifier"] = precision_recall(*([v for r in evaluation["results"]["tuned"] for v in r[key]] for key in ("real", "truth")))
-    (folder / f"result_{task}.json").write_text(json.dumps(row, indent=1))
+        row["classifier"] = precision_recall(*([v for r in rows["tuned"] for v in r[key]] for key in ("real", "truth")))
+    write_atomic(folder / f"result_{task}.json", lambda p: p.write_text(json.dumps(row, indent=1)))
     for name in (f"report_{task}.md", "report.md"):
-        (folder / name).write_text("\n".join(lines) + "\n")
+        write_atomic(folder / name, lambda p: p.write_text("\n".join(lines) + "\n"))
+    return lines
+
+
+def exam(settings, evaluation, n):
+    """What was asked of the two policies, in a sentence that is true of this run."""
+    ending = f"95 % intervals. Seed {settings['seed']}, preset {settings['preset']}."
+    if settings["sim"] != "none":
+        return f"{n} start states, the same before and after; at most {settings['eval_steps']} steps; CALVIN's task rule; {ending}"
+    source = ("of demonstrations that the policy was cloned from or the world model trained on, for want of others"
+              if evaluation.get("trained_on") else "of demonstrations that nothing was trained on")
+    return (f"{n} recorded first frames, {source}, each dreamed once by both policies; at most {settings['eval_steps']} steps; "
+            f"success is what the classifier believes, which nobody has checked; {ending}")
+
+
+def classifier_lines(results):
+    """report.md: the classifier on the evaluation's episodes.  results: {policy: episodes}"""
+    lines = ["", "## The success classifier on held-out policy rollouts", "",
+             "Every chunk end of the evaluation episodes, failures included; the same actions replayed in the dream from the first frame.", "",
+             "| rollouts of | seen | precision | recall | failed episodes in which it fires |", "|---|---|---|---|---|"]
+    for policy in ("bc", "tuned"):
+        rows = results[policy]
+        truth = [t for r in rows for t in r["truth"]]
+        failed = [r for r in rows if not r["success"]]
+        for where, name in (("real", "real frames"), ("dream", "dream")):
+            precision, recall = precision_recall([v for r in rows for v in r[where]], truth)
+            fired = f"{sum(any(r[where]) for r in failed)} of {len(failed)}"
+            lines.append(f"| {policy} | {name} | {precision:.2f} | {recall:.2f} | {fired} |")
+    return lines
+
+
+def trust_lines(task, judged):
+    """report.md: recorded attempts, dreamed again."""
+    seen = task in judged["trained_on"]
+    lines = ["", "## Can the dream tell success from failure?", "",
+             "Recorded attempts, dreamed again action by action: demonstrations "
+             + ("(some of which were trained on, for want of others)" if seen else "that nothing was trained on")
+             + ", and stretches of held-out play from where the task can be done.", "",
+             "| recorded | dreamed: success | dreamed: failure |", "|---|---|---|"]
+    for name, counts in judged["trust"].items():
+        for truth, (yes, no) in zip(("success", "failure"), counts):
+            if yes + no:
+                lines.append(f"| {truth} in {name} | {yes} | {no} |")
+    return lines
+
+
+def world_model_lines(judged):
+    """report.md: the world model's own measures, those that this recording allows."""
+    lines = ["", "## The world model on recordings it has not seen", ""]
+    if judged["replay_share"]:
+        seen = [task for task in judged["replay_share"] if task in judged["trained_on"]]
+        lines += ["Replay share: a held-out demonstration's actions, replayed in the dream from its first frame; in what share does the task's object make more",
+                  "than 60 % of its true change?  (A linear probe reads the feature.)"
+                  + (f"  Trained on, for want of others: {', '.join(seen)}." if seen else ""), "",
+                  "| task | " + " | ".join(judged["replay_share"]) + " | mean |", "|---|" + "---|" * (len(judged["replay_share"]) + 1)]
+        for name, key in (("dreamed", "replay_share"), ("watched", "replay_share_watched")):
+            shares = list(judged[key].values())
+            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in shares) + f" | {np.mean(shares):.2f} |")
+    else:
+        lines.append("Replay share: not measured, for it needs the scene state of held-out demonstrations.")
+    lines += ["", "Open-loop error from one frame (m, tcp in cm, lights 0..1), against \"nothing moves\":", "",
+              "| what | steps | error | nothing moves | where it moves: windows | error | nothing moves | as much as a task asks: windows | dreamed | false alarms |",
+              "|" + "---|" * 10]
+    for r in judged["open_loop"]:
+        events = f"{r['events']} | {percent(r['hits'])} | {percent(r['false'])} |" if "events" in r else "| | |"
+        lines.append(f"| {r['what']} | {r['step']} | {r['error']:.3f} | {r['still']:.3f} | {r['windows']} | {r['error_moving']:.3f} | "
+                     f"{r['still_moving']:.3f} | {events}")
     return lines
 
 
@@ -282,18 +346,19 @@ def curves(path, task, dream_log, evaluation, n_curve, trust):
     axis.axhline(np.mean(before), color="gray", ls=":", label=f"cloned, {len(before)} test starts: {percent(np.mean(before))}")
     axis.axhline(np.mean(after), color="black", ls="--", label=f"fine-tuned, same starts: {percent(np.mean(after))}")
     recognised, believed = trusted(trust)
-    axis.set(ylabel="success", ylim=(0, 1.05), title=task)
+    axis.set(ylabel="success" if curve else "success believed in the dream", ylim=(0, 1.05), title=task)
     axis.set_xlabel(f"PPO iteration in the dream\n(recorded attempts, dreamed again: successes recognised {recognised};\nfailures believed {believed})", fontsize=8)
     axis.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_atomic(path, lambda p: figure.savefig(p, dpi=110))
     plt.close(figure)
 
 
 def gif(path, frames, scale=3, stride=1):
     """frames: list of [H, W, 3] u8, stride control steps apart."""
     import imageio
-    imageio.mimsave(path, [np.kron(f, np.ones((scale, scale, 1), np.uint8)) for f in frames], duration=40 * stride, loop=0)
+    large = [np.kron(f, np.ones((scale, scale, 1), np.uint8)) for f in frames]
+    write_atomic(path, lambda p: imageio.mimsave(p, large, duration=40 * stride, loop=0))
 
 
 def dream_strip(truth, watched, dreamed, scores):
@@ -310,5 +375,29 @@ def dream_strip(truth, watched, dreamed, scores):
     return frames
 
 
+def main(paths):
+    """Print the table of the given result rows -> the exit code."""
+    try:
+        if not paths:
+            raise InputError("give the rows of some runs: python report.py runs/*/result_*.json")
+        print("\n".join(table([read_row(Path(p)) for p in paths])))
+    except (InputError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_row(path):
+    """A result_<task>.json, checked as far as the table needs it."""
+    try:
+        row = json.loads(path.read_text())
+        table([row])
+        return row
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}: give the rows of some runs, runs/*/result_*.json") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{path} is no row of a run ({type(error).__name__}: {error}): give runs/*/result_*.json") from error
+
+
 if __name__ == "__main__":
-    print("\n".join(table([json.loads(Path(p).read_text()) for p in sys.argv[1:]])))
+    sys.exit(main(sys.argv[1:]))

@@ -4,9 +4,11 @@ A run folder runs/<name>/ holds one result a stage.  Each result carries the set
 when its result is there with today's settings, and a stage that reads a result of other settings refuses it and names the difference.
 """
 import argparse
-import csv
+import concurrent.futures
+import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -23,10 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout                      # comes with torch
 
 import calvin_real
 import calvin_sim
-from data import FIELDS, Dataset, InputError, pack, save_part, write_atomic
+from data import (FIELDS, Dataset, InputError, calm_worker, frame_bytes, free_space, pack, replace_folder, save_part,
+                  write_atomic, writing)
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
     "play": ("play_", (), False),
@@ -66,13 +70,39 @@ def parse(argv, config, presets, description, epilog):
     if preset == "auto":
         preset = "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
     known(preset, presets, "preset")
+    if given.get("run") == "":
+        raise InputError("--run '' names no folder: give it a name, or leave --run out")
     saved = Path(given.get("runs", "runs")) / given.get("run", preset) / "config.json"
     settings = dict(presets[preset])
-    if "preset" not in given and saved.exists():            # a run remembers its settings; flags still win
-        kept = {f.name for f in fields} - {"stage", "task", "run", "runs", "device", "workers"}        # data and calvin_root are remembered
-        settings = {k: v for k, v in load_file(saved)["settings"].items() if k in kept}
-        preset = settings["preset"]
+    if "preset" not in given and exists(saved):             # a run remembers its settings; flags still win
+        settings = saved_settings(saved, fields)
+        preset = settings.get("preset", preset)
+        known(preset, presets, "preset")
     return config(**{**settings, "run": preset, **given, "preset": preset})
+
+
+def exists(path):
+    """Path.exists, but a name that the file system refuses (300 letters, a forbidden folder) is one sentence."""
+    with writing(path):
+        return path.exists()
+
+
+def saved_settings(path, fields):
+    """The settings in a run's config.json, as far as a run remembers them; people edit that file, so it is checked.  -> {name: value}"""
+    content = load_file(path)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} has no \"settings\": correct it, or delete it and give your settings as flags")
+    types = {f.name: f.type for f in fields}
+    for name, value in settings.items():
+        if name not in types:
+            near = difflib.get_close_matches(name, types, 1)
+            raise InputError(f"{path} names {name}, which is no setting{f' (did you mean {near[0]}?)' if near else ''}: "
+                             f"correct or remove that line")
+        fits = isinstance(value, types[name]) or types[name] is float and isinstance(value, int)
+        if not fits or isinstance(value, bool):
+            raise InputError(f"{path} says {name} = {json.dumps(value)}, which is no {types[name].__name__}: correct that line")
+    return {k: types[k](v) for k, v in settings.items() if k not in ("stage", "task", "run", "runs", "device", "workers")}
 
 
 def known(value, allowed, name):
@@ -85,9 +115,23 @@ RENDERERS = {"tabletop": "PyBullet TinyRenderer (CPU)", "calvin": calvin_real.RE
 
 
 def versions(cfg):
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
     return dict(torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), device=cfg.device, sim=cfg.sim,
-                renderer=RENDERERS[cfg.sim], commit=git.stdout.strip() if git and git.returncode == 0 else "unknown")
+                renderer=RENDERERS[cfg.sim], commit=commit(Path(__file__)))
+
+
+def commit(file):
+    """The commit that a file is of, "-dirty" if its repository has changes; "unknown" where the file lies in none, or in one of others."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True)
+    if not shutil.which("git") or git("ls-files", "--error-unmatch", file.name).returncode:
+        return "unknown"
+    return git("describe", "--always", "--dirty", "--exclude=*").stdout.strip() or "unknown"
+
+
+def remember(cfg):
+    """Write config.json: from now on the run has these settings."""
+    content = dict(settings=dataclasses.asdict(cfg), versions=versions(cfg))
+    write_atomic(Path(cfg.runs) / cfg.run / "config.json", lambda p: p.write_text(json.dumps(content, indent=1)))
 
 
 # --- results and their stamps -------------------------------------------------------------------------------------------
@@ -103,12 +147,22 @@ def stamp(cfg, stage):
     prefix, inputs, per_task = STAGES[stage]
     settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name.startswith(prefix) or f.name in COMMON or per_task and f.name == "task"}
     if cfg.data:
-        settings["data"] = str(Path(cfg.data).resolve())
+        settings["data"] = identity(str(Path(cfg.data).absolute()))
         if stage != "eval":
             del settings["sim"]
     for other in inputs:
         settings.update(stamp(cfg, other))
     return settings
+
+
+@functools.lru_cache(maxsize=8)
+def identity(folder):
+    """A recording is known by what is in it, not by where it lies: a checksum of its numbers and of a few of its pictures."""
+    dataset, number = Dataset(folder), 0
+    some = np.linspace(0, len(dataset) - 1, 50).astype(int)
+    for array in (dataset.episodes, dataset["robot_obs"], dataset["rel_actions"], dataset["scene_obs"], dataset["rgb_static"][some]):
+        number = zlib.crc32(np.ascontiguousarray(array), number)
+    return f"{len(dataset)} frames, checksum {zlib.crc32(repr(dataset.segments).encode(), number):08x}"
 
 
 def stamp_of(cfg, stage):
@@ -129,7 +183,15 @@ def load(cfg, stage):
             owner = next((s for s, (prefix, _, _) in STAGES.items() if name.startswith(prefix)), stage)
             raise InputError(f"{path} was made with {name}={found.get(name)}, but the settings now say {name}={want[name]}: "
                              f"run --stage {owner} again (or --stage all), or give --{name} {found.get(name)}")
-    return Dataset(path) if stage in ("play", "demos") else load_file(path, cfg.device)
+    if stage == "play":
+        return Dataset(path, cfg.data)                      # somebody's recording may have moved since
+    return Dataset(path) if stage == "demos" else load_file(path, cfg.device)
+
+
+def load_judges(cfg):
+    """Demonstrations that only judge, recorded beside the play, or None where there are none (--play_replay 0, or no segments)."""
+    folder = output(cfg, "play").with_name("replay")
+    return Dataset(folder) if folder.exists() else None
 
 
 def save(path, content):
@@ -238,18 +300,34 @@ class Progress:
 
 
 class Log:
-    """runs/<name>/log.csv, long format: stage, task, step, metric, value.  Rows of a stage that is done again are replaced."""
+    """runs/<name>/log.csv, long format: stage, task, step, metric, value.  Rows of a stage that is done again are replaced.
+
+    Several tasks may be at work in one folder, so whoever writes holds the log's lock."""
 
     def __init__(self, cfg, stage, first=sys.maxsize):
         self.path, self.key = Path(cfg.runs) / cfg.run / "log.csv", [stage, cfg.task if STAGES[stage][2] else ""]
-        rows = list(csv.reader(self.path.open())) if self.path.exists() else []
-        keep = [r for r in rows if len(r) == 5 and r[0] != "stage" and (r[:2] != self.key or int(r[2]) <= first)]
-        text = "\n".join(",".join(r) for r in [["stage", "task", "step", "metric", "value"]] + keep) + "\n"
-        write_atomic(self.path, lambda p: p.write_text(text))
+        with writing(self.path), self.lock():
+            keep = [r for r in log_rows(self.path) if r[:2] != self.key or int(r[2]) <= first]
+            text = "\n".join(",".join(r) for r in [LOG_COLUMNS] + keep) + "\n"
+            write_atomic(self.path, lambda p: p.write_text(text))
+
+    def lock(self):
+        return FileLock(self.path.with_name(".log.csv.lock"))
 
     def __call__(self, step, metrics):
-        with self.path.open("a") as f:
-            f.writelines(",".join([*self.key, str(step), name, f"{value:.6g}"]) + "\n" for name, value in metrics.items())
+        lines = [",".join([*self.key, str(step), name, f"{value:.6g}"]) + "\n" for name, value in metrics.items()]
+        with writing(self.path), self.lock():
+            with self.path.open("a") as f:
+                f.writelines(lines)
+
+
+LOG_COLUMNS = ["stage", "task", "step", "metric", "value"]
+
+
+def log_rows(path):
+    """The whole rows of a log.csv, as lists of five words; a kill or an editor may have torn others."""
+    rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()] if path.exists() else []
+    return [r for r in rows if len(r) == 5 and r[2].isdecimal() and re.fullmatch(r"-?(\d+(\.\d*)?(e[+-]?\d+)?|nan|inf)", r[4])]
 
 
 def run_stage(cfg, stage, work):
@@ -260,42 +338,77 @@ def run_stage(cfg, stage, work):
         return
     for other in STAGES[stage][1]:
         load(cfg, other)
-    print(f"{stage}: writes {path}")
-    work(cfg)
-    minutes = (time.time() - began) / 60
-    Log(cfg, stage)(0, dict(minutes=minutes))
+    with alone(path, stage):
+        remember(cfg)
+        print(f"{stage}: writes {path}")
+        work(cfg)
+        minutes = (time.time() - began) / 60
+        Log(cfg, stage)(0, dict(minutes=minutes))
     print(f"{stage}: done in {minutes:.1f} min", flush=True)
+
+
+@contextlib.contextmanager
+def alone(path, what):
+    """Two programs never write the same result; the lock is the operating system's, so a killed program leaves none behind."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"another program is at stage {what} of {path} right now: wait until it is done, or give another --run") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_log(cfg, stage, metric):
     """(steps, values) of one metric of a stage."""
-    path, key = Path(cfg.runs) / cfg.run / "log.csv", [stage, cfg.task if STAGES[stage][2] else ""]
-    rows = [r for r in csv.reader(path.open()) if r[:2] == key and r[3] == metric] if path.exists() else []
+    key = [stage, cfg.task if STAGES[stage][2] else ""]
+    rows = [r for r in log_rows(Path(cfg.runs) / cfg.run / "log.csv") if r[:2] == key and r[3] == metric]
     return [int(r[2]) for r in rows], [float(r[4]) for r in rows]
 
 
 def in_processes(cfg, function, jobs, name):
-    """Yield function(job) for all jobs, in their order, from cfg.workers processes, with a progress line."""
+    """Yield function(job) for all jobs, in their order, from cfg.workers processes, with a progress line.
+
+    A worker that dies (killed, out of memory) ends it with one sentence; multiprocessing's own Pool would wait for ever."""
     progress = Progress(name, len(jobs))
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     context.set_forkserver_preload(["torch", "pybullet"])   # once for all pools and processes: it takes seconds
-    with context.Pool(min(cfg.workers, len(jobs)), _quiet) as pool:
-        for i, result in enumerate(pool.imap(function, jobs)):
+    others, again = multiprocessing.active_children(), "then type the same command again: it goes on where it stopped"
+    try:
+        pool = concurrent.futures.ProcessPoolExecutor(min(cfg.workers, len(jobs)), context, calm_torch_worker)
+        futures = [pool.submit(function, job) for job in jobs]
+    except OSError as error:                                # its locks lie in /dev/shm on Linux
+        raise InputError(f"no worker processes can be started for {name} ({error.strerror or error}): make room in /dev/shm "
+                         f"(in Docker: --shm-size=64m), {again}") from error
+    try:
+        for i, future in enumerate(futures):
+            result = future.result()
             progress(i + 1)
             yield result
+    except BaseException as error:
+        for child in set(multiprocessing.active_children()) - set(others):
+            child.terminate()                               # it may be in the middle of minutes of work
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            raise InputError(f"a worker process of {name} died (killed, or for lack of memory?): free some memory or give "
+                             f"fewer --workers, {again}") from error
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _quiet():
-    """A worker is one thread, and leaves Ctrl-C to its parent."""
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def calm_torch_worker():
+    """A worker is one thread, leaves Ctrl-C to its parent, and ends when its parent does."""
+    calm_worker()
     torch.set_num_threads(1)
 
 
-def stop_if_orphaned():
-    """A worker whose parent was killed must not go on writing files beside the run that resumes."""
-    if not multiprocessing.parent_process().is_alive():
-        os._exit(1)
+def called_by_a_worker():
+    """Is this program running in a process that is just being started?  Then a script without a main guard has called it once more."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)          # what multiprocessing itself looks at
 
 
 # --- recording ------------------------------------------------------------------------------------------------------------
@@ -310,7 +423,6 @@ def make_sim(sim, image_size, calvin_root):
 
 def record_job(job):
     """One simulator process records one episode to a file, unless it is there already."""
-    stop_if_orphaned()
     path, kind, seed, length = Path(job["path"]), job["kind"], job["seed"], job["length"]
     if not path.exists():
         sim = record_job.__dict__.setdefault("sim", None) or make_sim(**job["sim"])                  # one simulator a process
@@ -328,40 +440,82 @@ def record(cfg, parts, wanted):
     """Record wanted = {kind: (first seed, number of episodes, their length)}; episodes that the expert fails are replaced by the next seed's.
 
     -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was interrupted"""
-    parts.mkdir(parents=True, exist_ok=True)
-    good, tried = {kind: [] for kind in wanted}, dict.fromkeys(wanted, 0)
+    with writing(parts):
+        parts.mkdir(parents=True, exist_ok=True)
+    announce_space(cfg, parts, sum(count * (length or DEMO_FRAMES) for _, count, length in wanted.values()))
+    good = {kind: [] for kind in wanted}
+    tried = dict.fromkeys(wanted, 0)
     while any(len(good[kind]) < wanted[kind][1] for kind in wanted):
         jobs = []
         for kind, (first, count, length) in wanted.items():
             missing = count - len(good[kind])
-            jobs += [dict(path=str(parts / f"{kind}_{first + tried[kind] + k}.npz"), kind=kind, seed=first + tried[kind] + k, length=length, sim=sim_of(cfg))
-                     for k in range(missing)]
+            for seed in range(first + tried[kind], first + tried[kind] + missing):
+                jobs.append(dict(path=str(parts / f"{kind}_{seed}.npz"), kind=kind, seed=seed, length=length, sim=sim_of(cfg)))
             tried[kind] += missing
             if tried[kind] > 3 * count + 20:
-                raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts of {kind}: see 'python calvin_sim.py check'")
+                raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts of {kind}: "
+                                 f"see 'python calvin_sim.py check'")
         for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes")):
             good[job["kind"]] += [(job["path"], frames)] if solved else []
     return good
 
 
+DEMO_FRAMES = 75                                            # of a demonstration, about: what disk space is reckoned with
+
+
+def announce_space(cfg, parts, frames):
+    """Say what a recording takes on the disk before it begins, and refuse when that is too small."""
+    keeps = frames * frame_bytes(cfg.image_size)
+    there = sum(p.stat().st_size for p in parts.glob("*.npz"))                            # of a recording that was cut off
+    free = free_space(parts)
+    print(f"  about {frames:,} frames: {keeps / 1e9:.2f} GB to keep, twice that until they are packed ({free / 1e9:.1f} GB are free)")
+    if free + there < 2 * keeps:
+        raise InputError(f"{parts.parent} needs {2 * keeps / 1e9:.2f} GB of disk space and {(free + there) / 1e9:.2f} GB are free: "
+                         f"free some, choose another --runs folder, or record less (--play_frames)")
+
+
 def pack_recorded(cfg, stage, folder, good):
-    meta = dict(source="calvin_env" if cfg.sim == "calvin" else "built-in tabletop", stamp=stamp(cfg, stage), seed=cfg.seed, renderer=versions(cfg)["renderer"], versions=versions(cfg))
-    pack([path for kind in good for path, _ in good[kind]], folder, meta, [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]] or None)
+    """Pack what record() returned; every episode but play's is a segment of its task."""
+    meta = dict(source="calvin_env" if cfg.sim == "calvin" else "built-in tabletop", stamp=stamp(cfg, stage), seed=cfg.seed,
+                renderer=versions(cfg)["renderer"], versions=versions(cfg))
+    segments = [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]]
+    pack([path for kind in good for path, _ in good[kind]], folder, meta, segments or None)
 
 
-# --- somebody else's recording: --data ------------------------------------------------------------------------------------
+# --- settings that cannot work --------------------------------------------------------------------------------------------
+
+CHOICES = {
+    "sim": ("tabletop", "calvin", "none"), "device": ("auto", "cpu", "cuda"), "stage": (*STAGES, "report", "all"),
+    "wm_encoder": ("linear", "conv"), "wm_latent": ("gaussian", "categorical"), "bc_net": ("mlp", "unet"),
+    "bc_actor": ("diffusion", "gaussian"), "reward_labels": ("unlabelled", "demos", "predicate"),
+}
+RANGES = dict(  # lowest and highest; of all other numbers the whole ones start at 1 and the others at 0
+    **dict.fromkeys(("play_replay", "wm_octaves", "reward_rounds", "ft_warmup", "eval_curve"), (0, 10 ** 9)),
+    **dict.fromkeys(("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std", "ft_clip",
+                     "ft_clip_first"), (1e-12, 1e30)),
+    **dict.fromkeys(("wm_balance", "bc_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda", "ft_gamma_denoise"), (0, 1)),
+    wm_unimix=(0, 0.999), wm_decode=(1e-6, 1), seed=(0, 10 ** 9), image_size=(8, 512), workers=(1, 256), wm_codes=(2, 10 ** 6),
+    wm_classes=(2, 10 ** 6), wm_length=(2, 10 ** 6), play_episode=(12, 10 ** 6),
+)
+
 
 def check_config(cfg):
     """Settings that cannot work are refused now, not after hours; the device is chosen.  -> cfg"""
-    for name, allowed in (("task", [*calvin_sim.TASKS, "all"]), ("stage", [*STAGES, "report", "all"]), ("sim", [*RENDERERS]), ("wm_encoder", ["linear", "conv"]), ("wm_latent", ["gaussian", "categorical"]),
-                          ("bc_net", ["mlp", "unet"]), ("bc_actor", ["diffusion", "gaussian"]), ("reward_labels", ["unlabelled", "demos", "predicate"]), ("device", ["auto", "cpu", "cuda"])):
+    for name, allowed in CHOICES.items():
         known(getattr(cfg, name), allowed, name)
+    for field in dataclasses.fields(cfg):
+        if field.type in (int, float):
+            low, high = RANGES.get(field.name, (1, 10 ** 9) if field.type is int else (0, 1e30))
+            if not low <= getattr(cfg, field.name) <= high:                               # a NaN is not, either
+                raise InputError(f"--{field.name} {getattr(cfg, field.name)} is out of range: give {low:g} to {high:g}")
     if cfg.sim == "none" and not cfg.data:
         raise InputError("--sim none has nothing to record in: give a dataset with --data, or choose --sim tabletop")
     if cfg.sim == "calvin":
         calvin_real.import_calvin_env(cfg.calvin_root)      # now, not after hours of training
-    if cfg.data:
-        check_data(cfg)
+    given = check_data(cfg) if cfg.data else None
+    if given and cfg.task not in [*tasks_of(cfg), "all"]:
+        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: choose --task {', '.join(tasks_of(cfg))}, or all")
+    known(cfg.task, [*tasks_of(cfg), "all"], "task")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -370,29 +524,58 @@ def check_config(cfg):
         torch.set_float32_matmul_precision("high")          # TF32
     if cfg.wm_encoder == "conv" and cfg.image_size != 64:
         raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
+    frames = len(given) if given else max(10, cfg.play_frames // cfg.play_episode) * cfg.play_episode
+    most = min(3 * cfg.image_size ** 2, frames)
+    if cfg.wm_encoder == "linear" and cfg.wm_codes > most:
+        raise InputError(f"--wm_codes {cfg.wm_codes} is more than {frames} frames of {cfg.image_size} px have: give at most {most}")
     if not 1 <= cfg.ft_steps <= cfg.bc_steps:
         raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), not {cfg.ft_steps}")
     if cfg.reward_rounds and cfg.reward_labels != "unlabelled":
-        raise InputError(f"--reward_rounds {cfg.reward_rounds} lets unlabelled play change sides, but --reward_labels {cfg.reward_labels} has none: give --reward_rounds 0")
+        raise InputError(f"--reward_rounds {cfg.reward_rounds} lets unlabelled play change sides, but --reward_labels "
+                         f"{cfg.reward_labels} has none: give --reward_rounds 0")
+    if cfg.reward_rounds >= cfg.reward_updates:
+        raise InputError(f"--reward_rounds {cfg.reward_rounds} must be fewer than --reward_updates {cfg.reward_updates}")
     if cfg.ft_iterations <= cfg.ft_warmup:
-        raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor waits for --ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")
-    if cfg.wm_length < 2:
-        raise InputError(f"--wm_length {cfg.wm_length} leaves nothing to foresee after the first frame: give 2 or more")
-    if cfg.wm_stride < 1 or cfg.bc_chunk % cfg.wm_stride:
-        raise InputError(f"--bc_chunk {cfg.bc_chunk} must be a multiple of --wm_stride {cfg.wm_stride}: a chunk is dreamed in whole steps of the world model")
+        raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor waits for "
+                         f"--ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")
+    if cfg.ft_minibatches > cfg.ft_dreams * cfg.ft_chunks:
+        raise InputError(f"--ft_minibatches {cfg.ft_minibatches} is more than the {cfg.ft_dreams * cfg.ft_chunks} chunks of a rollout "
+                         f"(--ft_dreams x --ft_chunks): give fewer")
+    window = (cfg.wm_length - 1) * cfg.wm_stride + 1
+    if window > cfg.play_episode:
+        raise InputError(f"--wm_length {cfg.wm_length} x --wm_stride {cfg.wm_stride} is a window of {window} frames, and "
+                         f"--play_episode {cfg.play_episode} is shorter: give a smaller --wm_length or a longer --play_episode")
+    if cfg.bc_chunk % cfg.wm_stride:
+        raise InputError(f"--bc_chunk {cfg.bc_chunk} must be a multiple of --wm_stride {cfg.wm_stride}: a chunk is dreamed in "
+                         f"whole steps of the world model")
+    if cfg.eval_steps < cfg.bc_chunk:
+        raise InputError(f"--eval_steps {cfg.eval_steps} ends before the first chunk does: give --bc_chunk {cfg.bc_chunk} or more")
     if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
         raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
+    if cfg.reward_labels == "predicate" and given and not given.has_scene:
+        raise InputError(f"--reward_labels predicate applies the task's rule to play, but {cfg.data} has no scene state "
+                         f"(scene_obs): give --reward_labels unlabelled")
     return cfg
 
+
+def tasks_of(cfg):
+    """The tasks that a run can be about: the eight of CALVIN; of a recording, those that it has segments of (and the simulator, if any, knows)."""
+    recorded = list(dict.fromkeys(task for task, _, _ in Dataset(cfg.data).segments)) if cfg.data else []
+    known_ones = [task for task in calvin_sim.TASKS if task in recorded or not recorded]
+    return known_ones + [task for task in recorded if task not in known_ones and cfg.sim == "none"]
+
+
+# --- somebody else's recording: --data ------------------------------------------------------------------------------------
 
 def check_data(cfg):
     """The dataset of --data, if a run with these settings can use it."""
     given = Dataset(cfg.data)
-    if given.meta["image_size"] != cfg.image_size:
-        raise InputError(f"{cfg.data} holds frames of {given.meta['image_size']} px, not {cfg.image_size}: give --image_size {given.meta['image_size']}, or import it again")
+    if given.image_size != cfg.image_size:
+        raise InputError(f"{cfg.data} holds frames of {given.image_size} px, not {cfg.image_size}: give --image_size "
+                         f"{given.image_size}, or import it again")
     if cfg.sim != "none" and given.meta.get("renderer") != RENDERERS[cfg.sim]:
-        print(f"warning: {cfg.data} was rendered by '{given.meta.get('renderer')}' and --sim {cfg.sim} renders by '{RENDERERS[cfg.sim]}': "
-              f"the policy will meet pictures that it was not trained on")
+        print(f"warning: {cfg.data} was rendered by '{given.meta.get('renderer')}' and --sim {cfg.sim} renders by "
+              f"'{RENDERERS[cfg.sim]}': the policy will meet pictures that it was not trained on")
     return given
 
 
@@ -402,42 +585,62 @@ def cut_episodes(episodes, length):
     return np.array([(p[0], p[-1]) for episode in pieces for p in episode], np.int64)
 
 
+def held_out(segments, play):
+    """Which of the segments lie in episodes of the play that the world model is not trained on?  -> list of bool"""
+    _, unseen = play.split(0.1)
+    return [any(a <= first and last <= b for a, b in unseen) for _, first, last in segments]
+
+
 def use_given_play(cfg, folder):
-    """The dataset of --data as play, by links, and what was held out of it as the demonstrations that judge the world model."""
-    given, temporary = check_data(cfg), folder.with_name(folder.name + ".tmp")
+    """The dataset of --data as play: an index into its frames; and what was held out of it as the demonstrations that judge."""
+    given = check_data(cfg)
+    temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for key in FIELDS:
-        os.symlink((given.path / f"{key}.npy").resolve(), temporary / f"{key}.npy")
-    np.save(temporary / "ep_start_end_ids.npy", cut_episodes(given.episodes, cfg.play_episode))
-    (temporary / "meta.json").write_text(json.dumps(dict(given.meta, stamp=stamp(cfg, "play")), indent=1))
-    judges, (_, held_out) = [], Dataset(temporary).split(0.1)
-    for task in calvin_sim.TASKS:
+    with writing(folder):
+        temporary.mkdir(parents=True)
+        np.save(temporary / "ep_start_end_ids.npy", cut_episodes(given.episodes, cfg.play_episode))
+        meta = dict(given.meta, frames_in=str(given.path.absolute()), stamp=stamp(cfg, "play"))
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+    judges, seen_before = [], []
+    unseen = dict(zip(given.segments, held_out(given.segments, Dataset(temporary))))
+    for task in dict.fromkeys(task for task, _, _ in given.segments):
         every = [s for s in given.segments if s[0] == task]
-        unseen = [s for s in every if any(a <= s[1] and s[2] <= b for a, b in held_out)]
-        if every and not unseen:
-            print(f"warning: no segment of {task} was held out of {cfg.data}: the world model is judged on ones that it was trained on")
-        judges += (unseen or every)[:cfg.play_replay]
-    pack_segments(cfg, "play", folder.with_name("replay"), judges)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+        mine = [s for s in every if unseen[s]]
+        if not mine:
+            print(f"warning: no segment of {task} was held out of {cfg.data}: it is judged on ones that were trained on")
+            seen_before.append(task)
+        judges += (mine or every)[:cfg.play_replay]
+    pack_segments(cfg, "play", folder.with_name("replay"), judges, trained_on=seen_before)
+    replace_folder(temporary, folder)
 
 
 def use_given_demos(cfg, folder):
-    """Up to demo_count segments of the task in the dataset of --data, those that judge the world model last."""
-    given, (_, held_out) = check_data(cfg), Dataset(output(cfg, "play")).split(0.1)
-    segments = sorted((s for s in given.segments if s[0] == cfg.task), key=lambda s: any(a <= s[1] and s[2] <= b for a, b in held_out))[:cfg.demo_count]
-    if not segments:
-        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: 'python data.py inspect {cfg.data}' lists those it has")
+    """Up to demo_count segments of the task in the dataset of --data; those that judge are cloned only if there are no others."""
+    given = check_data(cfg)
+    mine = [s for s in given.segments if s[0] == cfg.task and s[2] - s[1] >= SHORTEST]
+    if not mine:
+        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone, of more than {SHORTEST} frames: "
+                         f"'python data.py inspect {cfg.data}' lists those it has")
+    unseen = held_out(mine, load(cfg, "play"))
+    segments = [s for s, judges in zip(mine, unseen) if not judges] or mine
+    segments = segments[:cfg.demo_count]
     print(f"  {len(segments)} demonstrations of {cfg.task} in {cfg.data}")
     pack_segments(cfg, "demos", folder, segments)
 
 
-def pack_segments(cfg, stage, folder, segments):
-    """Copy segments [(task, first, last)] of the dataset of --data into one of their own, an episode each."""
-    given, parts = Dataset(cfg.data), folder.with_name(folder.name + ".parts")
+SHORTEST = 8                                                # frames of a segment that can teach anything
+
+
+def pack_segments(cfg, stage, folder, segments, **more):
+    """Copy segments [(task, first, last)] of the dataset of --data into one of their own, an episode each; none, no dataset."""
+    given = Dataset(cfg.data)
+    parts = folder.with_name(folder.name + ".parts")
+    shutil.rmtree(folder, ignore_errors=True)
+    if not segments:
+        return
     for i, (_, a, b) in enumerate(segments):
         save_part(parts / f"{i}.npz", {key: given[key][a:b + 1] for key in FIELDS})
     meta = {key: given.meta.get(key) for key in ("source", "renderer")}
-    pack([parts / f"{i}.npz" for i in range(len(segments))], folder, dict(meta, stamp=stamp(cfg, stage), versions=versions(cfg)), [(task, 0, b - a) for task, a, b in segments])
+    meta = dict(meta, **more, stamp=stamp(cfg, stage), versions=versions(cfg))
+    pack([parts / f"{i}.npz" for i in range(len(segments))], folder, meta, [(task, 0, b - a) for task, a, b in segments])
     shutil.rmtree(parts)

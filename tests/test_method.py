@@ -1318,7 +1318,9 @@ def test_cloning_stops_just_after_success(monkeypatch):
     from types import SimpleNamespace
     scene = np.zeros((60, 24), np.float32)
     scene[:, calvin_sim.DRAWER] = np.r_[np.full(20, 0.2), np.zeros(20), np.full(20, 0.2)]   # closes at frame 20; the second never closes
-    made_up = SimpleNamespace(scene=scene, ds=SimpleNamespace(segments=[("close_drawer", 0, 39), ("close_drawer", 40, 59)]))
+    class MadeUp(SimpleNamespace):
+        has_rule, success = recording.Recording.has_rule, recording.Recording.success
+    made_up = MadeUp(scene=scene, ds=SimpleNamespace(segments=[("close_drawer", 0, 39), ("close_drawer", 40, 59)], has_scene=True))
 
     def views(wm, recording, starts, length, last):
         frames = np.minimum(starts[:, None] + np.arange(length), last[:, None])

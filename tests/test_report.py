@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import calvin_sim
 import report
+from recording import Recording
 
 
 @pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (81, 263, 0.2553, 0.3662)])
@@ -58,9 +59,11 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     """A verdict that reads the feature, which here is the truth for half of the windows, lands in the right cells; impossible starts are left out."""
     scene = np.zeros((400, 24), np.float32)
     scene[100:120, 1], scene[200:210, 1] = np.linspace(0.2, 0, 20), 0.2          # a drawer that closes after frame 100; open but left alone at 200
-    split = SimpleNamespace(split=lambda share: (np.zeros((0, 2), int), np.array([[100, 119], [200, 209], [300, 330]])), segments=[])
-    play = SimpleNamespace(ds=split, scene=scene)
-    replay = SimpleNamespace(ds=SimpleNamespace(segments=[("close_drawer", 100, 119), ("open_drawer", 0, 9)]), scene=scene)
+    class MadeUp(SimpleNamespace):
+        has_rule, success = Recording.has_rule, Recording.success
+    split = SimpleNamespace(has_scene=True, split=lambda share: (np.zeros((0, 2), int), np.array([[100, 119], [200, 209], [300, 330]])), segments=[])
+    play = MadeUp(ds=split, scene=scene)
+    judges = MadeUp(ds=SimpleNamespace(has_scene=True, segments=[("close_drawer", 100, 119), ("open_drawer", 0, 9)]), scene=scene)
 
     def views(recording, starts, length, last=None):
         frames = starts[:, None] + np.arange(length)
@@ -71,10 +74,10 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     def honest(feature):
         return calvin_sim.success("close_drawer", feature[:, :1].numpy(), feature.numpy()).any(1)
     length, rng = 10, np.random.default_rng(0)
-    tables = report.trust("close_drawer", honest, play, replay, views, length, rng)
+    tables = report.trust("close_drawer", honest, play, judges, views, length, rng)
     assert tables == dict(demonstrations=[[0, 0], [0, 0]], play=[[0, 0], [0, 9]]), "in 10 frames it closes by less than .12: 8 starts with room, 1 left alone; the demonstration is cut before it succeeds"
     length = 19
-    tables = report.trust("close_drawer", optimist, play, replay, views, length, rng)
+    tables = report.trust("close_drawer", optimist, play, judges, views, length, rng)
     assert tables == dict(demonstrations=[[1, 0], [0, 0]], play=[[2, 0], [0, 0]]), "2 windows of 19 frames and the demonstration"
     assert report.trusted(dict(demonstrations=[[1, 2], [3, 4]], play=[[5, 6], [7, 8]])) == ("1 of 3 in demonstrations, 5 of 11 in play", "10 of 22")
 

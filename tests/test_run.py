@@ -58,7 +58,7 @@ def test_everything_is_there(done):
     config = json.loads((done / "smoke" / "config.json").read_text())
     assert {"torch", "renderer", "commit", "device"} <= set(config["versions"]) and config["settings"]["seed"] == 0
     text = (done / "smoke" / "report.md").read_text()
-    for part in ("behaviour cloning", "difference, paired", "Replay share", "precision", "the paper's row"):
+    for part in ("behaviour cloning", "difference, paired", "Replay share", "precision", "the papers' row"):
         assert part in text
     evaluation = json.loads((done / "smoke" / f"eval_{task}.json").read_text())
     seeds = [[r["seed"] for r in evaluation["results"][p]] for p in ("bc", "tuned")]
@@ -171,7 +171,7 @@ def test_killed_recording_resumes(tmp_path):
     assert kept
     for name in ("a", "b"):
         assert shell(*flags, str(tmp_path / name)).returncode == 0
-    a, b = (diwa.Dataset(tmp_path / n / "smoke" / "demos_close_drawer") for n in ("a", "b"))
+    a, b = (runs.Dataset(tmp_path / n / "smoke" / "demos_close_drawer") for n in ("a", "b"))
     assert all((a[k] == b[k]).all() for k in ("rgb_static", "rgb_gripper", "robot_obs", "scene_obs", "rel_actions"))
 
 
@@ -245,6 +245,7 @@ def test_all_tasks_share_play_and_world_model(done, tmp_path, monkeypatch, capsy
 
     def written(cfg):
         row = json.loads((done / "smoke" / "result_close_drawer.json").read_text())
+        (tmp_path / "smoke").mkdir(exist_ok=True)
         (tmp_path / "smoke" / f"result_{cfg.task}.json").write_text(json.dumps(dict(row, task=cfg.task)))
     monkeypatch.setattr(diwa, "run_stage", stage)
     monkeypatch.setattr(diwa, "stage_report", written)
@@ -289,10 +290,10 @@ def test_the_tuned_policy_is_the_last_snapshot(done):
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(monkeypatch):
     """A group shares its noise: whoever runs it, the groups are the same."""
-    monkeypatch.setattr(evaluate, "in_processes", lambda cfg, function, jobs, name: ([dict(group=group) for group in job["groups"]] for job in jobs))
+    monkeypatch.setattr(evaluate, "in_processes", lambda cfg, function, jobs, name: ([dict(seed=seed, policy=job["policy"], mates=group) for group in job["groups"] for seed in group] for job in jobs))
     results = [evaluate.evaluate(diwa.Config(workers=n), ["bc", "tuned"], range(7000, 7042)) for n in (1, 2, 3, 9)]
     assert all(r == results[0] for r in results)
-    assert [seed for r in results[0]["tuned"] for seed in r["group"]] == list(range(7000, 7042))
+    assert [episode["seed"] for episode in results[0]["tuned"]] == list(range(7000, 7042)) and {e["policy"] for e in results[0]["bc"]} == {"bc"}
 
 
 @pytest.fixture(scope="session")
@@ -318,9 +319,12 @@ def test_a_recording_alone_is_enough(recording, tmp_path, capsys):
     folder = tmp_path / "smoke"
     text, evaluation = (folder / "report.md").read_text(), json.loads((folder / "eval_close_drawer.json").read_text())
     assert "dream (no simulator was given)" in text and "precision" not in text and "rollout" not in text and "nan" not in text.split("## The world model")[0]
-    assert [len(evaluation["results"][policy]) for policy in ("bc", "tuned")] == [4, 4] and 0 <= evaluation["dream_success"] <= 1
+    judges = [s for s in runs.Dataset(folder / "replay").segments if s[0] == "close_drawer"]
+    assert [len(evaluation["results"][policy]) for policy in ("bc", "tuned")] == [len(judges)] * 2 == [2, 2], "one dream from each recorded first frame, though four were asked for"
+    assert "2 recorded first frames, of demonstrations that the policy was cloned from" in text and "which nobody has checked" in text and "some of which were trained on" in text
+    assert 0 <= evaluation["dream_success"] <= 1
     play, demos = runs.Dataset(folder / "play"), runs.Dataset(folder / "demos_close_drawer")
-    assert (folder / "play" / "rgb_static.npy").is_symlink() and len(play) == len(runs.Dataset(recording))
+    assert not list((folder / "play").glob("rgb_*")) and len(play) == len(runs.Dataset(recording)), "the frames are not copied"
     assert (play.episodes[:, 1] - play.episodes[:, 0]).max() < 200 and play.episodes[:, 0][1:].tolist() == (play.episodes[:-1, 1] + 1).tolist()
     assert len(demos.segments) == 4 and demos.meta["renderer"] == "a camera"
     capsys.readouterr()
