@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pybullet as pb
 
-from calvin_sim import BULB, LED, advance_target, checked_action, checked_start
+from calvin_sim import BULB, CORNERS, LED, advance_target, checked_action, checked_start, colours, take_picture
 from data import InputError, area_resize
 
 CLONE = "git clone https://github.com/mees/calvin_env"
@@ -72,11 +72,18 @@ def import_calvin_env(root):
     module.get_git_commit_hash = lambda path: "unknown"      # it fails where the folder has no .git
     module.PlayTableSimEnv.__del__ = lambda env: None        # it closes by number, and so the next simulator, which has the same one
     return hydra
+def outline(path, offset, directions=300):
+    """The outermost points of a mesh (an .obj file), moved by offset [3]: [3, N], which the whole mesh lies within, but for hairs."""
+    with open(path) as file:
+        points = np.array([line.split()[1:4] for line in file if line.startswith("v ")], float)        # [V, 3]
+    around = np.random.default_rng(0).normal(size=(3, directions))
+    return points[np.unique((points @ around).argmax(0))].T + np.reshape(offset, (3, 1))
 
 
 class RealCalvin:
     """calvin_env with the interface of Tabletop.  Frames are rendered at CALVIN's own sizes (200 and 84 px) and averaged down.
 
+    The pictures are calvin_env's own, at less than half the price: what never moves is drawn once, and what cannot be seen is not.
     One a process: some of calvin_env's calls go to the first physics client, whoever owns it."""
 
     def __init__(self, image_size=64, render=True, root=None):
@@ -91,8 +98,74 @@ class RealCalvin:
                 config = hydra.compose("config_data_collection", overrides=overrides)
             self.env = hydra.utils.instantiate(config.env, seed=0)
         self.button, self.switch = self.env.scene.buttons[0], self.env.scene.switches[0]
+        self.cameras = {camera.name: camera for camera in self.env.cameras}
+        self.env.cameras = []                            # its step() would draw everything
+        self.lenses = {name: pb.computeProjectionMatrixFOV(camera.fov, camera.aspect, camera.nearval, camera.farval)
+                       for name, camera in self.cameras.items()}
+        if render:
+            self._sort_shapes()
         self.pristine = self.env.p.saveState()
         self.reset(seed=0)
+
+    def _sort_shapes(self):
+        """List what the views can do without, and draw once what never moves."""
+        client, robot, table = self.env.cid, self.env.robot.robot_uid, self.button.uid
+        bodies = [pb.getBodyUniqueId(i, client) for i in range(pb.getNumBodies(client))]
+        shapes = [(*data[:2], data[7][:3]) for body in bodies for data in pb.getVisualShapeData(body, physicsClientId=client)]
+        lamps = [light.link_id for light in self.env.scene.lights]       # fixed, too, but they change their colour
+        fixed = [link for link in range(pb.getNumJoints(table, client)) if pb.getJointInfo(table, link, client)[2] == pb.JOINT_FIXED]
+        still = {(table, link) for link in fixed if link not in lamps} | {(robot, -1), (table, -1)}
+        still |= {(body, -1) for body in bodies if body not in (robot, table) and pb.getDynamicsInfo(body, -1, client)[0] == 0}
+        self.scenery = [shape for shape in shapes if shape[:2] in still]
+        self.arm = [shape for shape in shapes if shape[0] == robot and shape[1] < 7]
+        self.outlines = {data[1]: outline(data[4].decode(), data[5]) for data in pb.getVisualShapeData(robot, physicsClientId=client)
+                         if 0 <= data[1] < 5}
+        self.wrist = [shape for shape in self.arm if shape[1] >= 4]      # always behind the camera at the hand
+        moving = [shape for shape in shapes if shape not in self.scenery]
+        self._paint(moving, 0)
+        self.background = self._shoot("static", self.cameras["static"].viewMatrix)
+        self._paint(moving, 1)
+
+    def _paint(self, shapes, alpha):
+        """Show (alpha 1) or hide (0) shapes, given as (body, link, colour)."""
+        for body, link, colour in shapes:
+            pb.changeVisualShape(body, link, rgbaColor=(*colour, alpha), physicsClientId=self.env.cid)
+
+    def _shoot(self, name, view):
+        return take_picture(self.env.cid, self.cameras[name].width, view, self.lenses[name])
+
+    def _out_of_view(self, name, view):
+        """The links of the upper arm that a camera cannot see now: all their points lie beyond one side of its picture, or behind it."""
+        onto_screen = np.reshape(self.lenses[name], (4, 4)).T @ np.reshape(view, (4, 4)).T
+        hidden = []
+        for shape in self.arm:
+            if shape[1] not in self.outlines:
+                continue
+            position, orientation = pb.getLinkState(*shape[:2], physicsClientId=self.env.cid)[4:6]
+            turn = np.reshape(pb.getMatrixFromQuaternion(orientation), (3, 3))
+            points = turn @ self.outlines[shape[1]] + np.reshape(position, (3, 1))               # [3, N]
+            x, y, _, w = onto_screen[:, :3] @ points + onto_screen[:, 3:]                        # seen: -w < x < w and -w < y < w
+            if any((side > 1.02 * w).all() for side in (x, -x, y, -y)) or (w < 0).all():
+                hidden.append(shape)
+        return hidden
+
+    def _pictures(self):
+        """Both cameras, without what they cannot see, the static one over its background.  -> {name: [S, S, 3] u8}"""
+        view = self.cameras["static"].viewMatrix
+        hidden = self.scenery + self._out_of_view("static", view)
+        self._paint(hidden, 0)
+        moving, depth = self._shoot("static", view)
+        self._paint(hidden, 1)
+        pictures = {"rgb_static": np.where(depth < self.background[1], moving, self.background[0])}
+        camera = self.cameras["gripper"]
+        position, orientation = pb.getLinkState(camera.robot_uid, camera.gripper_cam_link, physicsClientId=self.env.cid)[:2]
+        turn = np.reshape(pb.getMatrixFromQuaternion(orientation), (3, 3))
+        view = pb.computeViewMatrix(position, position + turn[:, 1], -turn[:, 2])
+        hidden = self.wrist + self._out_of_view("gripper", view)
+        self._paint(hidden, 0)
+        pictures["rgb_gripper"] = self._shoot("gripper", view)[0]
+        self._paint(hidden, 1)
+        return {name: area_resize(colours(picture), self.image_size) for name, picture in pictures.items()}
 
     def close(self):
         """Free the physics client; the object is of no use afterwards.  May be called twice."""
@@ -117,18 +190,18 @@ class RealCalvin:
         self.target = self.tcp.copy()
         return obs
 
-    def step(self, action):
-        """One control step of 1/30 s: action [7] in [-1, 1] -> obs."""
+    def step(self, action, look=True):
+        """One control step of 1/30 s: action [7] in [-1, 1] -> obs, without pictures (most of a step's time) if nobody looks."""
         action = checked_action(action)
         # its own target runs away from a blocked arm without end; ours, which is the tabletop's and the dream's, does not
         self.target = advance_target(self.target, action, self.tcp)
         self.env.robot.target_pos, self.env.robot.target_orn = self.target[:3].copy(), self.target[3:].copy()
         still = np.array([0, 0, 0, 0, 0, 0, 1.0 if action[6] >= 0 else -1.0])    # it takes exactly -1 and +1
-        return self._observe(self.env.step(still)[0])
+        return self._observe(self.env.step(still)[0], look)
 
-    def _observe(self, raw):
+    def _observe(self, raw, look=True):
         obs = {"robot_obs": raw["robot_obs"].astype(np.float32), "scene_obs": raw["scene_obs"].astype(np.float32)}
         self.tcp = obs["robot_obs"][:6].astype(float)    # as recorded, so that a dream can repeat the bookkeeping exactly
-        for name, image in raw["rgb_obs"].items():
-            obs[name] = area_resize(np.ascontiguousarray(image), self.image_size)
+        if self.cameras and look:
+            obs.update(self._pictures())
         return obs

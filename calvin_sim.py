@@ -292,6 +292,18 @@ STATIC_LENS, GRIPPER_LENS = pb.computeProjectionMatrixFOV(10, 1, 0.01, 10), pb.c
 GRIPPER_CAM = euler_matrix(np.array([1.3, 0, -1.57]))    # in the hand frame, 0.1 m behind it; looks along its y, up is -z
 
 
+def take_picture(client, size, view, lens):
+    """-> picture [size, size] u32 (RGBA), depth [size, size] (nonlinear)"""
+    picture, depth = pb.getCameraImage(size, size, view, lens, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK,
+                                       renderer=pb.ER_TINY_RENDERER, physicsClientId=client)[2:4]
+    return np.reshape(picture, (size, size, 4)).view(np.uint32)[..., 0], np.reshape(depth, (size, size))
+
+
+def colours(picture):
+    """u32 RGBA [S, S] -> u8 [S, S, 3]; channel by channel is four times faster than one strided copy"""
+    return np.stack([picture.view(np.uint8)[:, i::4] for i in range(3)], -1)
+
+
 class Tabletop:
     """The desk, the arm and two cameras. One control step is 1/30 s."""
 
@@ -384,8 +396,8 @@ class Tabletop:
         self.target = self.tcp.copy()
         return obs
 
-    def step(self, action):
-        """One control step: action [7] in [-1, 1] -> obs."""
+    def step(self, action, look=True):
+        """One control step: action [7] in [-1, 1] -> obs, without pictures (most of a step's time) if nobody looks."""
         action = checked_action(action)
         self.target = advance_target(self.target, action, self.tcp)
         self.command = 1.0 if action[6] >= 0 else -1.0
@@ -395,7 +407,7 @@ class Tabletop:
         self._drive(np.clip(joints[:7], JOINT_LOW, JOINT_HIGH))
         pb.stepSimulation(self.client)
         self._update_lamps()
-        return self._observe()
+        return self._observe(look)
 
     def _drive(self, joints):
         finger = (0.04, 2, 1) if self.command > 0 else (0.0, 200, 1)
@@ -410,7 +422,7 @@ class Tabletop:
         self.led = 1 - self.led if pressed and not self.pressed else self.led
         self.lifted, self.pressed = lifted, pressed
 
-    def _observe(self):
+    def _observe(self, look=True):
         joints = [state[0] for state in pb.getJointStates(self.robot, ARM + FINGERS, self.client)]
         position, orientation = pb.getLinkState(self.robot, TCP_LINK, 0, 1, self.client)[4:6]     # 1: forward kinematics
         euler = pb.getEulerFromQuaternion(orientation)
@@ -421,7 +433,7 @@ class Tabletop:
             scene += [*place, *pb.getEulerFromQuaternion(turn)]
         self.tcp = robot[:6].astype(float)               # as recorded, so that a dream can repeat the bookkeeping exactly
         obs = {"robot_obs": robot, "scene_obs": np.array(scene, np.float32)}
-        if self.render:
+        if self.render and look:
             obs["rgb_static"], obs["rgb_gripper"] = self._pictures(position, orientation)
         return obs
 
@@ -440,8 +452,7 @@ class Tabletop:
         self._paint(self.behind, 0)                      # never before the hand camera, but it would cost time
         gripper = self._shoot(view, GRIPPER_LENS)[0]
         self._paint(self.behind, 1)
-        # [S, S, 3] u8; channel by channel is four times faster than one strided copy
-        return [np.stack([p.view(np.uint8)[:, i::4] for i in range(3)], -1) for p in (static, gripper)]
+        return [colours(static), colours(gripper)]
 
     def _paint(self, shapes, alpha):
         """Show (alpha 1) or hide (0) shapes, given as (body, link, index, colour)."""
@@ -449,11 +460,7 @@ class Tabletop:
             pb.changeVisualShape(body, link, index, rgbaColor=(*colour, alpha), physicsClientId=self.client)
 
     def _shoot(self, view, lens):
-        """-> picture [S, S] u32 (RGBA), depth [S, S] (nonlinear)."""
-        size = self.image_size
-        picture, depth = pb.getCameraImage(size, size, view, lens, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK,
-                                           renderer=pb.ER_TINY_RENDERER, physicsClientId=self.client)[2:4]
-        return np.reshape(picture, (size, size, 4)).view(np.uint32)[..., 0], np.reshape(depth, (size, size))
+        return take_picture(self.client, self.image_size, view, lens)
 
 
 # ---- The scripted expert: sees robot_obs and scene_obs, says a relative action ---------------------------------------
