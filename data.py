@@ -196,13 +196,19 @@ class Dataset:
     def __len__(self):
         return self.frames
 
-    def split(self, held_out):
-        """Episodes [E1, 2] to train on and [E2, 2] to test on: every 1/held_out-th one is held out, so both cover the whole recording."""
-        every = max(2, round(1 / held_out))
-        test = np.arange(len(self.episodes)) % every == every - 1
+    def split(self):
+        """Episodes [E1, 2] to train on and [E2, 2] to test on: every tenth is held out, so both cover the whole recording."""
+        test = np.arange(len(self.episodes)) % HELD_OUT == HELD_OUT - 1
         if not test.any():
-            raise InputError(f"{self.path} has {len(self.episodes)} episodes, too few to hold one out of {every}: record more play")
+            raise InputError(f"{self.path} has {len(self.episodes)} episodes, too few to hold one out of {HELD_OUT}: record more play")
         return self.episodes[~test], self.episodes[test]
+
+    def judging_length(self, most):
+        """Frames of the windows that judge: `most`, or the longest that both kinds of episodes have."""
+        return min(most, *((part[:, 1] - part[:, 0]).max() + 1 for part in self.split()))
+
+
+HELD_OUT = 10                                               # one episode of so many
 
 
 def window_starts(episodes, length):

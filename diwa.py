@@ -950,9 +950,12 @@ class Agent:
 
     @torch.no_grad()
     def observe(self, obs):
-        """Take in one control step's frame: rgb_static, rgb_gripper [B, S, S, 3] u8, robot_obs [B, 15] -> feature [B, F] of the last frame that was filtered"""
-        obs = {k: torch.as_tensor(np.stack(obs[k])).to(self.cfg.device) for k in ("rgb_static", "rgb_gripper", "robot_obs")}
-        tcp, gripper = obs["robot_obs"][:, :6], obs["robot_obs"][:, 14:]
+        """Take in one control step's frame: robot_obs [B, 15] and, at every wm_stride-th, rgb_static and rgb_gripper [B, S, S, 3] u8.
+        -> feature [B, F] of the last frame that was filtered"""
+        def tensor(key):
+            return torch.as_tensor(np.stack(obs[key])).to(self.cfg.device)
+        robot = tensor("robot_obs")
+        tcp, gripper = robot[:, :6], robot[:, 14:]
         if self.target is None:
             self.target, command = tcp, encode_command(tcp, gripper)
             self.told = [(self.action, command)] * self.cfg.wm_stride
@@ -962,9 +965,9 @@ class Agent:
             self.told.append((self.action, command))
         self.tcp = tcp
         if len(self.told) == self.cfg.wm_stride:
-            obs["proprio"] = encode_proprio(obs["robot_obs"])
+            seen = dict(rgb_static=tensor("rgb_static"), rgb_gripper=tensor("rgb_gripper"), proprio=encode_proprio(robot))
             self.h = self.wm.step(self.h, self.z, *(torch.cat(x, -1) for x in zip(*self.told)))
-            self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(obs)), self.cfg)
+            self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(seen)), self.cfg)
             self.state, self.told = dict(h=self.h, z=self.z, command=command, target=self.target), []
         return feature_of(self.state)
 
@@ -1021,10 +1024,9 @@ def stage_wm(cfg):
             wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"][pick]).to(cfg.device))
     recording = Recording(cfg, dataset, wm)
     wm.lead.fill_(recording.lead)
-    episodes, judging = dataset.split(0.1)
+    episodes, _ = dataset.split()
     window = np.arange(cfg.wm_length) * cfg.wm_stride
-    starts, length = window_starts(episodes, window[-1] + 1), min(73, cfg.play_episode - 1)
-    window_starts(episodes, length), window_starts(judging, length)           # too short to be judged? Then say so before the training
+    starts, length = window_starts(episodes, window[-1] + 1), dataset.judging_length(73)
 
     def update(i, rng):
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
@@ -1076,7 +1078,7 @@ def stage_reward(cfg):
     wm, demos = load_world_model(cfg), load(cfg, "demos")
     recording = Recording(cfg, demos, wm)
     play = Recording(cfg, load(cfg, "play"))                # little of it is looked at: no codes in advance
-    length = min(73, cfg.play_episode - 1)                  # frames: an evaluation's 72 control steps, as in stage_wm
+    length = play.ds.judging_length(73)                     # frames: an evaluation's 72 control steps, as in stage_wm
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     feature, first, frame, start = demonstration_views(cfg, wm, recording)
     label = torch.from_numpy(recording.success(cfg.task, start, frame)).to(cfg.device)
@@ -1086,7 +1088,7 @@ def stage_reward(cfg):
     # The kinds of a pair: 1 a success and 0 not one, by label; 2 unlabelled play, taken for 0, and 3 taken for 1 since a round.  The class is kind % 2
     groups = [(first[label], feature[label], 1), (first[~label], feature[~label], 0)]
     if cfg.reward_labels != "demos":
-        seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split(0.1)[0], length), min(1500, 50 * cfg.demo_count)), length)
+        seen, dreamed, frames = views(wm, play, rng.choice(window_starts(play.ds.split()[0], length), min(1500, 50 * cfg.demo_count)), length)
         pick = rng.integers(1, frames.shape[1], (len(frames), 12))                                    # 12 moments a window
         rows = np.arange(len(frames))[:, None]
         for f in (seen, dreamed):

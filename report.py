@@ -69,7 +69,7 @@ def judge_world_model(recording, judges, views, length, rng):
 
     recording: the play; judges: demonstrations of all tasks that nothing is trained on, or None; views(recording, starts, length, last) -> posterior
     and dreamed features, frames.  Without scene state only the arm can be judged.  -> tables for the report"""
-    train_episodes, test_episodes = recording.ds.split(0.1)
+    train_episodes, test_episodes = recording.ds.split()
     seen, dreamed, frames = views(recording, rng.choice(window_starts(train_episodes, length), 300), length)
     target = probe_targets(recording, frames)
     probe = fit_probe(torch.cat([seen, dreamed]).flatten(0, 1), torch.cat([target, target]).flatten(0, 1))
@@ -127,7 +127,7 @@ def trust(task, verdict, play, judges, views, length, rng):
     -> for both [[successes judged successes, judged failures], [failures judged successes, judged failures]]"""
     windows = []
     if play.has_rule(task):
-        starts = window_starts(play.ds.split(0.1)[1], length)
+        starts = window_starts(play.ds.split()[1], length)
         starts = starts[possible(task, play.scene[starts])]
         windows.append(("play", play, rng.choice(starts, min(200, len(starts)), replace=False), None))
     if judges:

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout                      # comes with torch
 
 import calvin_real
 import calvin_sim
-from data import (FIELDS, Dataset, InputError, calm_worker, frame_bytes, free_space, pack, replace_folder, save_part,
+from data import (FIELDS, HELD_OUT, Dataset, InputError, calm_worker, frame_bytes, free_space, pack, replace_folder, save_part,
                   write_atomic, writing)
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
@@ -585,20 +585,41 @@ def cut_episodes(episodes, length):
     return np.array([(p[0], p[-1]) for episode in pieces for p in episode], np.int64)
 
 
+def cut_recording(cfg, given):
+    """Pieces of a recording, --play_episode long or, of a small one, so short that one of ten can be held out.  -> episodes [E, 2]"""
+    def pieces(window):                                     # the longest that leave enough of them, if any do
+        for length in range(cfg.play_episode, window - 1, -1):
+            episodes = cut_episodes(given.episodes, length)
+            long_enough = episodes[:, 1] - episodes[:, 0] + 1 >= window
+            if len(episodes) >= HELD_OUT and long_enough[np.arange(len(episodes)) % HELD_OUT < HELD_OUT - 1].any():
+                return episodes
+
+    for wm_length in range(cfg.wm_length, 1, -1):
+        episodes = pieces((wm_length - 1) * cfg.wm_stride + 1)
+        if episodes is None:
+            continue
+        if wm_length == cfg.wm_length:
+            return episodes
+        raise InputError(f"{cfg.data} has {len(given)} frames, too few for ten pieces as long as --wm_length {cfg.wm_length} asks for "
+                         f"(one of them is held out): give --wm_length {wm_length}, or record more")
+    raise InputError(f"{cfg.data} has {len(given)} frames in {len(given.episodes)} episodes, too few to train on and to hold out: record more")
+
+
 def held_out(segments, play):
     """Which of the segments lie in episodes of the play that the world model is not trained on?  -> list of bool"""
-    _, unseen = play.split(0.1)
+    _, unseen = play.split()
     return [any(a <= first and last <= b for a, b in unseen) for _, first, last in segments]
 
 
 def use_given_play(cfg, folder):
     """The dataset of --data as play: an index into its frames; and what was held out of it as the demonstrations that judge."""
     given = check_data(cfg)
+    episodes = cut_recording(cfg, given)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(folder):
         temporary.mkdir(parents=True)
-        np.save(temporary / "ep_start_end_ids.npy", cut_episodes(given.episodes, cfg.play_episode))
+        np.save(temporary / "ep_start_end_ids.npy", episodes)
         meta = dict(given.meta, frames_in=str(given.path.absolute()), stamp=stamp(cfg, "play"))
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     judges, seen_before = [], []

@@ -112,11 +112,12 @@ def test_pack_and_dataset_round_trip(tmp_path):
 
 def test_split_holds_out_whole_episodes_spread_over_the_recording(tmp_path):
     path, _ = packed(tmp_path, lengths=[2] * 20)
-    train, test = data.Dataset(path).split(0.1)
+    train, test = data.Dataset(path).split()
     assert len(train) == 18 and test.tolist() == [[18, 19], [38, 39]]
     assert not {tuple(e) for e in train} & {tuple(e) for e in test}
+    path, _ = packed(tmp_path / "small", lengths=[2] * 9)
     with pytest.raises(InputError, match="too few"):
-        data.Dataset(path).split(0.01)
+        data.Dataset(path).split()
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 9])

@@ -61,7 +61,7 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     scene[100:120, 1], scene[200:210, 1] = np.linspace(0.2, 0, 20), 0.2          # a drawer that closes after frame 100; open but left alone at 200
     class MadeUp(SimpleNamespace):
         has_rule, success = Recording.has_rule, Recording.success
-    split = SimpleNamespace(has_scene=True, split=lambda share: (np.zeros((0, 2), int), np.array([[100, 119], [200, 209], [300, 330]])), segments=[])
+    split = SimpleNamespace(has_scene=True, split=lambda: (np.zeros((0, 2), int), np.array([[100, 119], [200, 209], [300, 330]])), segments=[])
     play = MadeUp(ds=split, scene=scene)
     judges = MadeUp(ds=SimpleNamespace(has_scene=True, segments=[("close_drawer", 100, 119), ("open_drawer", 0, 9)]), scene=scene)
 
