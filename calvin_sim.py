@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import re
+import struct
 import tempfile
 import time
 from pathlib import Path
@@ -293,10 +294,13 @@ GRIPPER_CAM = euler_matrix(np.array([1.3, 0, -1.57]))    # in the hand frame, 0.
 
 
 def take_picture(client, size, view, lens):
-    """-> picture [size, size] u32 (RGBA), depth [size, size] (nonlinear)"""
+    """-> picture [size, size] u32 (RGBA), depth [size, size] f32 (nonlinear)"""
     picture, depth = pb.getCameraImage(size, size, view, lens, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK,
                                        renderer=pb.ER_TINY_RENDERER, physicsClientId=client)[2:4]
-    return np.reshape(picture, (size, size, 4)).view(np.uint32)[..., 0], np.reshape(depth, (size, size))
+    if isinstance(picture, tuple):           # PyBullet built without NumPy; nothing is quicker than these two
+        picture, depth = bytearray(picture), struct.pack(f"{len(depth)}f", *depth)
+    shape = size, size
+    return np.frombuffer(picture, np.uint32).reshape(shape), np.frombuffer(depth, np.float32).reshape(shape)
 
 
 def colours(picture):

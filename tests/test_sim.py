@@ -76,6 +76,22 @@ def test_drawing_twice_gives_the_same_pixels(camera_sim):
         assert all(np.array_equal(shots[0][key], shots[1][key]) for key in shots[0])
 
 
+def test_a_pybullet_without_numpy_draws_the_same(monkeypatch):
+    def pictures():
+        sim, rng = cs.Tabletop(), np.random.default_rng(0)
+        frames = [sim.reset(seed=3)] + [sim.step(rng.uniform(-1, 1, 7)) for _ in range(10)]
+        sim.close()
+        return [frame[key] for frame in frames for key in ("rgb_static", "rgb_gripper")]
+    with_arrays, shoot = pictures(), cs.pb.getCameraImage
+
+    def shoot_tuples(*args, **kwargs):                   # as pip builds it: flat tuples
+        width, height, *arrays = shoot(*args, **kwargs)
+        return width, height, *(tuple(np.ravel(array).tolist()) for array in arrays)
+    monkeypatch.setattr(cs.pb, "getCameraImage", shoot_tuples)
+    for one, other in zip(with_arrays, pictures()):
+        assert other.dtype == np.uint8 and np.array_equal(one, other)
+
+
 def test_episode_is_a_function_of_its_seed(sim):
     (demo, solved), play = cs.demo_episode(sim, "open_drawer", 5), cs.play_episode(sim, 5, 150)
     cs.play_episode(sim, 1_000_001, 150)                 # after this one, Bullet's leftovers used to show in a block of the next
