@@ -15,9 +15,9 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pybullet as pb
 
-from calvin_sim import BULB, CORNERS, LED, advance_target, checked_action, checked_start, colours, take_picture
+from calvin_sim import (BULB, CORNERS, LED, advance_target, checked_action, checked_start, colours, muted, pb,
+                        take_picture)
 from data import InputError, area_resize
 
 CLONE = "git clone https://github.com/mees/calvin_env"
@@ -30,17 +30,11 @@ RENDERER = "calvin_env, PyBullet TinyRenderer (CPU), 200 and 84 px"
 @contextlib.contextmanager
 def quiet():
     """Swallow what hydra warns of and what pybullet's C code prints on stdout."""
-    sys.stdout.flush()
-    keep, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-            sys.stdout.flush()
-    finally:
-        os.dup2(keep, 1)
-        os.close(keep), os.close(null)
+    print(end="", flush=True)                            # what is Python's own and still waits
+    with muted(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+        print(end="", flush=True)
 
 
 def import_calvin_env(root):

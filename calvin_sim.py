@@ -18,8 +18,10 @@ Departures from CALVIN: plain colours and low-polygon links (a step with both pi
 pose may lead the measured one by WINDUP_* at most; an episode depends on its start and its actions only.
 """
 import argparse
+import contextlib
 import functools
 import itertools
+import os
 import re
 import struct
 import tempfile
@@ -28,8 +30,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pybullet as pb
-import pybullet_data
+
+
+@contextlib.contextmanager
+def muted(descriptor):
+    """Send nowhere what C code writes to a file descriptor (1 stdout, 2 stderr), unless it is closed."""
+    try:
+        keep = os.dup(descriptor)
+    except OSError:
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(keep, descriptor)
+        os.close(keep)
+
+
+with muted(2):                               # it greets every program and worker with its build time
+    import pybullet as pb
+    import pybullet_data
 
 MAX_REL_POS, MAX_REL_ORN = 0.02, 0.05        # what an action of 1 moves the target: m, rad
 WINDUP_POS, WINDUP_ORN = 0.06, 0.15          # how far the target may lead the measured tcp, per component: m, rad

@@ -376,7 +376,7 @@ def in_processes(cfg, function, jobs, name):
     A worker that dies (killed, out of memory) ends it with one sentence; multiprocessing's own Pool would wait for ever."""
     progress = Progress(name, len(jobs))
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-    context.set_forkserver_preload(["torch", "pybullet"])   # once for all pools and processes: it takes seconds
+    context.set_forkserver_preload(["torch", "calvin_sim"])  # once for all: it takes seconds
     others, again = multiprocessing.active_children(), "then type the same command again: it goes on where it stopped"
     try:
         pool = concurrent.futures.ProcessPoolExecutor(min(cfg.workers, len(jobs)), context, calm_torch_worker)

@@ -1,4 +1,5 @@
 """The tabletop: predicates, determinism, restored states, the command's bound, lamps and the scripted expert."""
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def test_a_pybullet_without_numpy_draws_the_same(monkeypatch):
     monkeypatch.setattr(cs.pb, "getCameraImage", shoot_tuples)
     for one, other in zip(with_arrays, pictures()):
         assert other.dtype == np.uint8 and np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("closed", ["", "2>&-", "1>&- 2>&-"])
+def test_importing_says_nothing(closed):
+    """PyBullet's greeting on stderr is swallowed, and nothing else; a program may have no stderr at all."""
+    code = "import calvin_real, os, sys; os.write(2, b'mine') if sys.stderr else None"
+    command, folder = f'"{sys.executable}" -c "{code}" {closed}', Path(cs.__file__).parent
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "" if closed else "mine")
 
 
 def test_episode_is_a_function_of_its_seed(sim):
