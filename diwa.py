@@ -5,7 +5,7 @@
     python diwa.py --stage all --task turn_on_led  # another of the eight tasks; play and world model are reused
     python diwa.py --help                          # every setting, its default and the paper's value
 
-Read it top to bottom; each section is one idea (what every program needs and no paper mentions is in runs.py, recording.py, evaluate.py and report.py):
+Read it top to bottom; each section is one idea (what every program needs and no paper mentions is in support/):
 
     1 Config          every setting, once                      5 Dream     a world model is an environment
     2 World model     pixels + actions -> imagined futures     6 PPO       credit for every denoising step
@@ -44,13 +44,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import calvin_sim
-import report
 from calvin_sim import TASKS, advance_target
-from data import InputError, action_chunks, window_starts
-from evaluate import stage_eval, stage_report
-from recording import Recording, decode_pose, encode_command, encode_proprio
-from runs import (STAGES, Snapshots, called_by_a_worker, check_config, cosine_lr, load, load_judges, output, pack_recorded,
+from data import InputError, Recording, action_chunks, decode_pose, encode_command, encode_proprio, window_starts
+from support import report
+from support.evaluate import stage_eval, stage_report
+from support.runs import (STAGES, Snapshots, called_by_a_worker, check_config, cosine_lr, load, load_judges, output, pack_recorded,
                   parse, record, remember, restore, run_stage, save, seed_everything, stamp, tasks_of, train,
                   use_given_demos, use_given_play)
 
@@ -935,7 +933,7 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
 
 # ======================================================================================================================
 # 7  Agent.  World model and actor as one object, the one a robot would run: it filters every wm_stride-th frame with the actions that led to
-#    it, and every H steps asks the actor for a new chunk.  Evaluation (evaluate.py) runs this object and nothing else.
+#    it, and every H steps asks the actor for a new chunk.  Evaluation (support/evaluate.py) runs this object and nothing else.
 # ======================================================================================================================
 
 class Agent:
@@ -980,7 +978,7 @@ class Agent:
 
 
 # ======================================================================================================================
-# 8  Stages.  Each reads earlier results, writes its own, and can be run alone.  stage_eval and stage_report are in evaluate.py.
+# 8  Stages.  Each reads earlier results, writes its own, and can be run alone.  stage_eval and stage_report are in support/evaluate.py.
 # ======================================================================================================================
 
 def stage_play(cfg):
@@ -1164,7 +1162,7 @@ def dream_starts(cfg, wm):
     return [torch.cat([a, b[best]]) for a, b in zip(near, every)]
 
 def finetune(cfg, env, actor):
-    """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO, see evaluate.py)."""
+    """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO, see support/evaluate.py)."""
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
     scaler = RewardScaler().to(cfg.device)
     optimizers = dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr), critic=torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr))

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim
 import diwa
-import recording
-from runs import check_config, parse
+import data
+from data import Recording
+from support.runs import check_config, parse
 
 
 def rate(call, seconds=4.0):
@@ -75,8 +76,8 @@ def world_model_update(cfg, wm):
 
 def dream(cfg, wm):
     classifier = diwa.Classifier(cfg, wm.feature_size).to(cfg.device)
-    target = recording.HOME_POSE + 0.01 * torch.randn(50, 6)
-    starts = [x.to(cfg.device) for x in (torch.randn(50, wm.embed_size), recording.encode_command(target, torch.ones(50, 1)), target)]
+    target = data.HOME_POSE + 0.01 * torch.randn(50, 6)
+    starts = [x.to(cfg.device) for x in (torch.randn(50, wm.embed_size), data.encode_command(target, torch.ones(50, 1)), target)]
     env = diwa.DreamEnv(cfg, wm, classifier, *starts, cfg.ft_dreams, cfg.ft_horizon)
     env.reset()
     return env

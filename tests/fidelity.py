@@ -12,7 +12,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim as cs                                                                    # noqa: E402
-from calvin_real import RealCalvin                                                         # noqa: E402
+from support import expert                                                                 # noqa: E402
+from support.calvin_real import RealCalvin                                                 # noqa: E402
 
 CLOSE = 0.02       # m
 
@@ -21,7 +22,7 @@ def compare(real, tabletop, seed, steps=60):
     """One trial -> task, the largest distance of the TCP and of each of the four joints over all steps (m), do both lights agree at the end."""
     name, rng = list(cs.TASKS)[seed % len(cs.TASKS)], np.random.default_rng([seed, 4])
     start = cs.sample_start(name, rng)
-    expert, here, there = cs.Expert(name, rng), [tabletop.reset(*start)], [real.reset(*start)]
+    expert, here, there = expert.Expert(name, rng), [tabletop.reset(*start)], [real.reset(*start)]
     for _ in range(steps):
         action = expert.act(here[-1]["robot_obs"], here[-1]["scene_obs"])
         here.append(tabletop.step(action)), there.append(real.step(action))

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import InputError  # noqa: E402
+from support import calvin_import, data_command, runs  # noqa: E402
 
 SHAPES = {"rgb_static": (50, 50, 3), "rgb_gripper": (21, 21, 3), "robot_obs": (15,), "scene_obs": (24,), "rel_actions": (7,)}
 EPISODES = [(100, 102), (103, 132), (140, 151)]          # does not start at 0, a first episode of 3 frames, a gap
@@ -66,7 +67,7 @@ def calvin(tmp_path):
 
 def run(source, out, *flags):
     """The import in this process, where it is fast -> its exit code."""
-    return data.main(["import", str(source), "--out", str(out), "--image-size", "16", "--workers", "1", *flags])
+    return data_command.main(["import", str(source), "--out", str(out), "--image-size", "16", "--workers", "1", *flags])
 
 
 def reference(numbers, key, size=16):
@@ -247,7 +248,7 @@ def test_import_through_processes_from_the_command_line(calvin, tmp_path):
 
 
 def test_an_error_in_a_worker_process_is_one_sentence(calvin, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 8)
+    monkeypatch.setattr(calvin_import, "CHUNK", 8)
     (calvin / "episode_0000150.npz").write_bytes(b"PK")
     assert run(calvin, tmp_path / "out", "--workers", "2") == 2
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
@@ -298,7 +299,7 @@ def test_annotations_of_old_and_new_numpy(calvin, core, protocol):
         raw = path.read_bytes()
         path.write_bytes(raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray").replace(b"numpy.core.multiarray", core))
         assert core + b"\n" in path.read_bytes()
-    assert data.read_language(calvin, np.array(EPISODES)) == ([["a", 0, 1]], 0)
+    assert calvin_import.read_language(calvin, np.array(EPISODES)) == ([["a", 0, 1]], 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,15 +308,15 @@ def test_annotations_of_old_and_new_numpy(calvin, core, protocol):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import data
-data.CHUNK, read, count = 8, data.read_frame, [0]
+from support import calvin_import, data_command
+calvin_import.CHUNK, read, count = 8, calvin_import.read_frame, [0]
 def deadly(source, number):
     count[0] += 1
     if count[0] == 16 + 20:      # 16 frames are read to estimate the time, 16 make two chunks
         os.kill(os.getpid(), signal.SIGKILL)
     return read(source, number)
-data.read_frame = deadly
-data.main(["import", {source!r}, "--out", {out!r}, "--image-size", "16", "--workers", "1"])
+calvin_import.read_frame = deadly
+data_command.main(["import", {source!r}, "--out", {out!r}, "--image-size", "16", "--workers", "1"])
 """
 
 
@@ -326,15 +327,15 @@ def kill_halfway(calvin, out):
 
 
 def count_conversions(monkeypatch):
-    """Make data.import_chunk count the frames it converts -> the list of their numbers."""
-    seen, convert = [], data.import_chunk
-    monkeypatch.setattr(data, "import_chunk", lambda *job: (seen.extend(job[2].tolist()), convert(*job))[1])
+    """Make calvin_import.import_chunk count the frames it converts -> the list of their numbers."""
+    seen, convert = [], calvin_import.import_chunk
+    monkeypatch.setattr(calvin_import, "import_chunk", lambda *job: (seen.extend(job[2].tolist()), convert(*job))[1])
     return seen
 
 
 def test_resume_after_kill_9(calvin, tmp_path, monkeypatch, capsys):
     kill_halfway(calvin, tmp_path / "out")
-    monkeypatch.setattr(data, "CHUNK", 8)
+    monkeypatch.setattr(calvin_import, "CHUNK", 8)
     seen = count_conversions(monkeypatch)
     assert run(calvin, tmp_path / "out") == 0
     assert len(seen) == FRAMES - 16 and "2 of 6 chunks are finished" in capsys.readouterr().out
@@ -345,7 +346,7 @@ def test_resume_after_kill_9(calvin, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("change", ["size", "index", "progress", "array"])
 def test_what_was_left_of_another_import_is_discarded(change, calvin, tmp_path, monkeypatch):
     kill_halfway(calvin, tmp_path / "out")
-    monkeypatch.setattr(data, "CHUNK", 8)
+    monkeypatch.setattr(calvin_import, "CHUNK", 8)
     seen, left = count_conversions(monkeypatch), tmp_path / "out.tmp"
     if change == "index":
         np.save(calvin / "ep_start_end_ids.npy", np.array(EPISODES[:2]))
@@ -358,7 +359,7 @@ def test_what_was_left_of_another_import_is_discarded(change, calvin, tmp_path, 
 
 
 def test_a_frame_mended_later_resumes(calvin, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "CHUNK", 8)
+    monkeypatch.setattr(calvin_import, "CHUNK", 8)
     path = calvin / "episode_0000150.npz"
     good = path.read_bytes()
     path.write_bytes(good[:-200])
@@ -375,7 +376,7 @@ def test_interrupt_and_existing_out(calvin, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "import_chunk", interrupt)
+        patch.setattr(calvin_import, "import_chunk", interrupt)
         assert run(calvin, tmp_path / "out") == 130
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
     (tmp_path / "out").mkdir()                                       # an empty folder is no obstacle
@@ -425,14 +426,14 @@ def full_disk_at_once(c):
 
 def full_disk_while_writing(c):
     """A file that cannot be written stands in for the full disk: /dev/full says 'No space left on device' to every write."""
-    begin = data.begin
+    begin = calvin_import.begin
 
     def begin_on_full_disk(temporary, *rest):
         state = begin(temporary, *rest)
         (temporary / "rgb_static.npy").unlink()
         (temporary / "rgb_static.npy").symlink_to("/dev/full")
         return state
-    c.patch.setattr(data, "begin", begin_on_full_disk)
+    c.patch.setattr(calvin_import, "begin", begin_on_full_disk)
 
 
 def no_permission(c):
@@ -545,7 +546,7 @@ def test_a_crafted_pickle_does_not_run(where, calvin, tmp_path, capsys):
 @pytest.mark.parametrize("module, name", [("os", "system"), ("builtins", "eval"), ("numpy", "load"), ("numpy", "memmap"), ("numpy.core.multiarray", "fromfile")])
 def test_the_unpickler_knows_nothing_else(module, name):
     with pytest.raises(pickle.UnpicklingError, match=f"{module}.{name}"):
-        data.PlainUnpickler(io.BytesIO(f"c{module}\n{name}\n.".encode())).load()
+        calvin_import.PlainUnpickler(io.BytesIO(f"c{module}\n{name}\n.".encode())).load()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -556,7 +557,7 @@ def test_inspect_prints_and_draws(lang, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert run(make_calvin(tmp_path / "training", lang=lang), tmp_path / "out") == 0
     capsys.readouterr()
-    assert data.main(["inspect", str(tmp_path / "out")]) == 0
+    assert data_command.main(["inspect", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "45 frames" in said and "16 px" in said and "3 episodes of 3 to 30 frames" in said and "source: calvin" in said
     assert ("open_drawer" in said) == lang
@@ -584,14 +585,14 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_line_errors_are_one_sentence(command, capsys):
-    assert data.main(command.split()) == 2
+    assert data_command.main(command.split()) == 2
     said = capsys.readouterr()
     assert COMMANDS[command] in said.err and said.err.count("\n") == 1 and said.out == ""
 
 
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
-        data.main(["--help"])
+        data_command.main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert all(flag in said for flag in ("import", "inspect", "--out", "--image-size", "--workers"))

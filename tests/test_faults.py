@@ -19,9 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
 import diwa
-import evaluate
-import report
-import runs
+from support import data_command, evaluate, report, runs
 
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
 SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2", "--eval_episodes", "4", "--eval_curve", "2"]
@@ -129,7 +127,7 @@ def test_a_recording_that_does_not_fit_is_refused_at_once(tmp_path, monkeypatch,
 def test_packing_writes_through_plain_files(tmp_path, monkeypatch):
     """A memory map on a full disk ends the process with a bus error; a plain file raises."""
     real = np.lib.format.open_memmap
-    monkeypatch.setattr(np.lib.format, "open_memmap", lambda path, mode: real(path, mode) if mode == "r" else pytest.fail("a map is written"))
+    monkeypatch.setattr(np.lib.format, "open_memmap", lambda path, mode, **more: real(path, mode, **more) if mode == "r" else pytest.fail("a map is written"))
     frames = {key: np.zeros((3, *shape), dtype) for key, (shape, dtype) in data.sized_fields(8).items()}
     data.save_part(tmp_path / "0.npz", frames)
     data.pack([tmp_path / "0.npz"], tmp_path / "out", {})
@@ -199,10 +197,10 @@ def test_finished_groups_of_an_evaluation_are_kept(again, monkeypatch):
 
 def test_inspecting_a_dataset_that_cannot_be_written(done, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    assert data.main(["inspect", str(done / "smoke" / "play")]) == 2
+    assert data_command.main(["inspect", str(done / "smoke" / "play")]) == 2
     assert "--out sheet.png" in capsys.readouterr().err
     monkeypatch.undo()
-    assert data.main(["inspect", str(done / "smoke" / "play"), "--out", str(tmp_path / "sheet.png")]) == 0
+    assert data_command.main(["inspect", str(done / "smoke" / "play"), "--out", str(tmp_path / "sheet.png")]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 
@@ -446,7 +444,7 @@ def test_an_empty_name_is_refused(tmp_path, capsys):
 
 
 def test_the_commit_of_another_repository_is_not_ours(tmp_path):
-    shutil.copy(ROOT / "runs.py", tmp_path)
+    shutil.copy(ROOT / "support" / "runs.py", tmp_path)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
     subprocess.run(["git", "init", "-q"], cwd=tmp_path)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], cwd=tmp_path)

@@ -15,8 +15,8 @@ from torch.distributions import Categorical, Normal, kl_divergence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim
+import data
 import diwa
-import recording
 from data import InputError
 
 FEATURE = 11                                                # size of the made-up features
@@ -54,9 +54,9 @@ def sequence(cfg, wm, B=3, T=6, device="cpu"):
 def dream(cfg, wm, classifier=None, horizon=None):
     """A DreamEnv whose starts are made up, at targets near the home pose."""
     classifier = classifier or diwa.Classifier(cfg, wm.feature_size).to(cfg.device)
-    target = recording.HOME_POSE + 0.01 * torch.randn(9, 6)
+    target = data.HOME_POSE + 0.01 * torch.randn(9, 6)
     target = target.to(cfg.device)
-    command = recording.encode_command(target, torch.ones(9, 1, device=cfg.device))
+    command = data.encode_command(target, torch.ones(9, 1, device=cfg.device))
     bank = torch.randn(9, wm.embed_size, device=cfg.device), command, target
     return diwa.DreamEnv(cfg, wm, classifier, *bank, cfg.ft_dreams, horizon or cfg.ft_horizon)
 
@@ -782,35 +782,35 @@ def test_executed_clips_and_binarises():
 
 def test_pose_code_has_no_jump_and_an_inverse():
     """Roll lies near +-pi, where Euler angles jump: the code must not; and decoding gives the same orientation back."""
-    pose = recording.HOME_POSE.repeat(2, 1)
+    pose = data.HOME_POSE.repeat(2, 1)
     pose[:, 3] = torch.tensor([math.pi - 1e-3, -math.pi + 1e-3])
-    a, b = recording.encode_pose(pose)
+    a, b = data.encode_pose(pose)
     assert (a - b).abs().max() < 0.01
-    pose = recording.HOME_POSE + torch.rand(50, 6) * torch.tensor([0.4, 0.4, 0.4, 2, 2, 2]) - torch.tensor([0.2, 0.2, 0.2, 1, 1, 1])
-    back = recording.decode_pose(recording.encode_pose(pose))
+    pose = data.HOME_POSE + torch.rand(50, 6) * torch.tensor([0.4, 0.4, 0.4, 2, 2, 2]) - torch.tensor([0.2, 0.2, 0.2, 1, 1, 1])
+    back = data.decode_pose(data.encode_pose(pose))
     torch.testing.assert_close(back[:, :3], pose[:, :3])
     torch.testing.assert_close(torch.cos(back[:, 3:] - pose[:, 3:]), torch.ones(50, 3))
-    assert recording.encode_pose(recording.HOME_POSE).abs().max() < 1e-6
+    assert data.encode_pose(data.HOME_POSE).abs().max() < 1e-6
 
 
 def test_proprio_code_keeps_every_number():
     """Each of the 15 numbers of robot_obs moves its own slot of the code and no other, and home is near zero."""
-    obs = torch.cat([recording.HOME_POSE, torch.tensor([0.04]), recording.HOME_JOINTS, torch.tensor([1.0])])
-    code = recording.encode_proprio(obs)
+    obs = torch.cat([data.HOME_POSE, torch.tensor([0.04]), data.HOME_JOINTS, torch.tensor([1.0])])
+    code = data.encode_proprio(obs)
     assert code.shape == (15,) and code[:14].abs().max() < 1e-5 and code[14] == 1
     for i in range(15):
         other = obs.clone()
         other[i] += 0.01
-        assert (recording.encode_proprio(other) - code).abs().gt(1e-4).nonzero().flatten().tolist() == [i]
+        assert (data.encode_proprio(other) - code).abs().gt(1e-4).nonzero().flatten().tolist() == [i]
 
 
 def robot_walk(n, rng):
     """robot_obs [n, 15] of an arm that wanders about home, its roll on both sides of pi."""
     robot = np.zeros((n, 15), np.float32)
-    robot[:, :6] = recording.HOME_POSE.numpy() + rng.normal(size=(n, 6)) * 0.02
+    robot[:, :6] = data.HOME_POSE.numpy() + rng.normal(size=(n, 6)) * 0.02
     robot[:, 3] = (robot[:, 3] + np.pi) % (2 * np.pi) - np.pi
     robot[:, 6], robot[:, 14] = 0.04, rng.choice([-1, 1], n)
-    robot[:, 7:14] = recording.HOME_JOINTS.numpy()
+    robot[:, 7:14] = data.HOME_JOINTS.numpy()
     return robot
 
 
@@ -820,7 +820,7 @@ def test_commanded_targets_step_by_step(lead):
     rng = np.random.default_rng(0)
     robot, actions = robot_walk(30, rng), rng.uniform(-1, 1, (30, 7)).astype(np.float32)
     episodes = np.array([[0, 11], [12, 12], [13, 29]])
-    got = recording.commanded_targets(robot, actions, episodes, lead)
+    got = data.commanded_targets(robot, actions, episodes, lead)
     for a, b in episodes:
         target = robot[a, :6]
         for t in range(a, b + 1):
@@ -948,7 +948,7 @@ def recorded(source="test", **changes):
     wm, dataset = diwa.WorldModel(cfg), FakeDataset([(0, 19), (20, 44)], source)
     for name in ("static", "gripper"):
         wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"]))
-    return cfg, wm, dataset, recording.Recording(cfg, dataset, wm)
+    return cfg, wm, dataset, data.Recording(cfg, dataset, wm)
 
 
 def test_recording_shifts_actions_by_one():
@@ -960,8 +960,8 @@ def test_recording_shifts_actions_by_one():
     first = rec.batch(np.array([[19, 20, 21]]))                                       # 20 begins an episode
     assert (first["action"][0, 1] == 0).all()
     np.testing.assert_array_equal(first["action"][0, 2], dataset["rel_actions"][20])
-    target = recording.commanded_targets(dataset["robot_obs"], dataset["rel_actions"], dataset.episodes)
-    np.testing.assert_allclose(batch["command"][0, :, :6], recording.encode_pose(torch.from_numpy(target[3:9])))
+    target = data.commanded_targets(dataset["robot_obs"], dataset["rel_actions"], dataset.episodes)
+    np.testing.assert_allclose(batch["command"][0, :, :6], data.encode_pose(torch.from_numpy(target[3:9])))
     np.testing.assert_array_equal(batch["command"][0, :, 6], dataset["rel_actions"][2:8, 6])
     assert first["command"][0, 1, 6] == dataset["robot_obs"][20, 14]
 
@@ -1027,7 +1027,7 @@ def test_dream_step_integrates_the_command():
     action = diwa.executed(torch.randn(6, 7))
     new = diwa.dream_step(wm, env.state, action[:, None])
     torch.testing.assert_close(new["target"][:, :3], state["target"][:, :3] + calvin_sim.MAX_REL_POS * action[:, :3])
-    torch.testing.assert_close(new["command"], recording.encode_command(new["target"], action[:, 6:]))
+    torch.testing.assert_close(new["command"], data.encode_command(new["target"], action[:, 6:]))
     torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action, new["command"]))
     for k, v in state.items():
         assert torch.equal(env.state[k], v)
@@ -1045,7 +1045,7 @@ def test_a_stride_integrates_every_action(lead):
     state, pose, commands = env.state, wm.tcp(feature), []
     target = calvin_sim.advance_target(state["target"], action[:, 0], pose, lead)
     for a, now in zip(action.unbind(1), (target, calvin_sim.advance_target(target, action[:, 1], pose))):
-        commands.append(recording.encode_command(now, a[:, 6:]))
+        commands.append(data.encode_command(now, a[:, 6:]))
     new = diwa.dream_step(wm, state, action)
     torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1)))
     torch.testing.assert_close(new["command"], commands[1])
@@ -1079,7 +1079,7 @@ def test_dream_step_believes_its_own_pose():
     wm = world(cfg)
     env = dream(cfg, wm)
     feature, action = env.reset(), diwa.executed(torch.randn(6, 7))
-    pose = recording.decode_pose(wm.proprio(feature)[:, :6])
+    pose = data.decode_pose(wm.proprio(feature)[:, :6])
     torch.testing.assert_close(wm.tcp(feature), pose)
     want = calvin_sim.advance_target(env.state["target"], action, pose)
     torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], want)
@@ -1319,7 +1319,7 @@ def test_cloning_stops_just_after_success(monkeypatch):
     scene = np.zeros((60, 24), np.float32)
     scene[:, calvin_sim.DRAWER] = np.r_[np.full(20, 0.2), np.zeros(20), np.full(20, 0.2)]   # closes at frame 20; the second never closes
     class MadeUp(SimpleNamespace):
-        has_rule, success = recording.Recording.has_rule, recording.Recording.success
+        has_rule, success = data.Recording.has_rule, data.Recording.success
     made_up = MadeUp(scene=scene, ds=SimpleNamespace(segments=[("close_drawer", 0, 39), ("close_drawer", 40, 59)], has_scene=True))
 
     def views(wm, recording, starts, length, last):

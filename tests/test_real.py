@@ -1,6 +1,6 @@
 """The real simulator behind RealCalvin.  Most of it runs only where the environment says what to run it on:
 
-    CALVIN_ENV_ROOT   a clone of github.com/mees/calvin_env, with its packages installed (see calvin_real.py)
+    CALVIN_ENV_ROOT   a clone of github.com/mees/calvin_env, with its packages installed (see support/calvin_real.py)
     CALVIN_SAMPLE     a CALVIN split to import, predict and replay: frames, index and language annotations
 """
 import os
@@ -14,11 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
-import calvin_real                                                                         # noqa: E402
 import calvin_sim as cs                                                                    # noqa: E402
 import data                                                                                # noqa: E402
 import fidelity                                                                            # noqa: E402
-from calvin_real import RealCalvin                                                         # noqa: E402
+from support import calvin_import, calvin_real, expert                                     # noqa: E402
+from support.calvin_real import RealCalvin                                                 # noqa: E402
 
 CLONE, SAMPLE = os.environ.get("CALVIN_ENV_ROOT"), os.environ.get("CALVIN_SAMPLE")
 needs_clone = pytest.mark.skipif(not CLONE, reason="CALVIN_ENV_ROOT is not set")
@@ -68,7 +68,7 @@ def test_the_command_line_says_it_and_exits_with_2(tmp_path):
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     out = tmp_path_factory.mktemp("sample") / "packed"
-    data.import_calvin(SAMPLE, out, 64, workers=1)
+    calvin_import.import_calvin(SAMPLE, out, 64, workers=1)
     return data.Dataset(out)
 
 
@@ -99,7 +99,7 @@ def test_the_samples_actions_replayed_fulfil_its_labels(sample, blind):
 
 @needs_clone
 def test_reset_restores_a_recorded_state(blind):
-    episode, solved = cs.demo_episode(blind, "move_slider_left", 0)
+    episode, solved = expert.demo_episode(blind, "move_slider_left", 0)
     assert solved
     for t in (0, 20, len(episode["rel_actions"]) - 1):
         obs = blind.reset(episode["robot_obs"][t], episode["scene_obs"][t])
@@ -112,9 +112,9 @@ def test_reset_restores_a_recorded_state(blind):
 
 @needs_clone
 def test_an_episode_depends_on_its_start_and_actions_only(blind):
-    first, _ = cs.demo_episode(blind, "open_drawer", 3)
-    cs.play_episode(blind, 1, 100)
-    again, _ = cs.demo_episode(blind, "open_drawer", 3)
+    first, _ = expert.demo_episode(blind, "open_drawer", 3)
+    expert.play_episode(blind, 1, 100)
+    again, _ = expert.demo_episode(blind, "open_drawer", 3)
     assert all(np.array_equal(first[key], again[key]) for key in first)
 
 
@@ -167,7 +167,7 @@ def test_a_second_simulator_in_the_process_is_refused(blind):
 @needs_clone
 @pytest.mark.parametrize("task", ["close_drawer", "turn_on_lightbulb"])
 def test_expert_solves(blind, task):
-    assert cs.demo_episode(blind, task, 0)[1]
+    assert expert.demo_episode(blind, task, 0)[1]
 
 
 @needs_clone
@@ -185,7 +185,7 @@ for name in ("gym", "git", "cv2"):
     sys.modules[name] = None                             # importing it raises ImportError
 os.environ["PATH"] = "/nowhere"                          # no git
 sys.path.insert(0, sys.argv[1])
-from calvin_real import RealCalvin
+from support.calvin_real import RealCalvin
 from calvin_sim import Tabletop
 import numpy as np
 sim = RealCalvin(32, root=sys.argv[2])

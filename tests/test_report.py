@@ -11,8 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import calvin_sim
-import report
-from recording import Recording
+from data import Recording
+from support import report
 
 
 @pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (81, 263, 0.2553, 0.3662)])
@@ -82,10 +82,10 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     assert report.trusted(dict(demonstrations=[[1, 2], [3, 4]], play=[[5, 6], [7, 8]])) == ("1 of 3 in demonstrations, 5 of 11 in play", "10 of 22")
 
 
-@pytest.mark.parametrize("folder, page", [("results", "README.md"), ("results/gpu", "README.md"), ("results/calvin", "README.md"), ("results/predicate9000", "EXPERIMENTS.md"), ("results/demos10_rounds", "EXPERIMENTS.md"), ("results/demos10_mixed", "EXPERIMENTS.md")])
+@pytest.mark.parametrize("folder, page", [("results", "README.md"), ("results/gpu", "README.md"), ("results/calvin", "README.md"), ("results/predicate9000", "docs/EXPERIMENTS.md"), ("results/demos10_rounds", "docs/EXPERIMENTS.md"), ("results/demos10_mixed", "docs/EXPERIMENTS.md")])
 def test_the_pages_show_what_the_rows_say(folder, page):
     """The results tables in the README and in EXPERIMENTS.md are what report.py prints from the committed rows."""
-    rows = [json.loads(p.read_text()) for p in sorted((ROOT / "assets" / folder).glob("*.json"))]
+    rows = [json.loads(p.read_text()) for p in sorted((ROOT / "docs" / folder).glob("*.json"))]
     text = (ROOT / page).read_text()
     assert rows and all(line in text for line in report.table(rows))
 

@@ -12,17 +12,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import calvin_sim
+import data
 import diwa
-import evaluate
-import report
-import runs
+from support import evaluate, report, runs
 
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
 SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2"]   # where only the plumbing is tested
 
 
 def shell(*flags, timeout=240, prelude=""):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runs, diwa; {prelude}; sys.exit(diwa.main(sys.argv[1:]))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diwa; from support import runs; {prelude}; sys.exit(diwa.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *flags] if prelude else [sys.executable, str(ROOT / "diwa.py"), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
@@ -110,7 +110,7 @@ def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
     for first, frame, label in pairs:
         assert first // 1_000_000 == frame // 1_000_000
         scene, a, b = scenes[first // 1_000_000], first % 1_000_000, frame % 1_000_000
-        assert bool(diwa.calvin_sim.success("close_drawer", scene[a], scene[b])) == bool(label)
+        assert bool(calvin_sim.success("close_drawer", scene[a], scene[b])) == bool(label)
         apart.append((first >= 1_000_000) and not 0 <= b - a < 73)
     assert 0 < sum(label for _, _, label in pairs) < len(pairs) and sum(apart) > 0.5 * sum(f >= 1_000_000 for f, _, _ in pairs)
 
@@ -128,7 +128,7 @@ def test_offline_stages_step_no_simulator(done, tmp_path, monkeypatch):
 
     def forbidden(*a, **k):
         raise AssertionError("an offline stage built a simulator")
-    monkeypatch.setattr(diwa.calvin_sim, "Tabletop", forbidden)
+    monkeypatch.setattr(calvin_sim, "Tabletop", forbidden)
     for module in (runs, evaluate):
         monkeypatch.setattr(module, "in_processes", forbidden)
     for stage in ("wm", "bc", "reward", "finetune"):
@@ -141,7 +141,7 @@ def test_killed_run_ends_as_if_nothing_had_happened(done, tmp_path, stage):
     """kill -9 in the middle, the same command again: bit-identical weights."""
     name = "wm.pt" if stage == "wm" else "finetune_close_drawer.pt"
     folder = copy_run(done, tmp_path, name)
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runs, diwa; runs.SAVE_EVERY = 0; sys.exit(diwa.main(sys.argv[1:]))",
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diwa; from support import runs; runs.SAVE_EVERY = 0; sys.exit(diwa.main(sys.argv[1:]))",
                *TINY, "--runs", str(folder), "--stage", stage]
     partial = folder / "smoke" / name.replace(".pt", ".partial.pt")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -266,10 +266,10 @@ def test_help_lists_every_setting(capsys):
 def test_online_rival_runs(done):
     """SimEnv has DreamEnv's interface, so DPPO online is the same code."""
     import numpy as np
-    from evaluate import SimEnv
+    from support.evaluate import SimEnv
     cfg = diwa.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
     wm, actor, _ = diwa.load_policy(cfg, "bc")
-    env = SimEnv(cfg, wm, [diwa.calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    env = SimEnv(cfg, wm, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
     feature = env.reset()
     env.age[:] = env.horizon - 1
     following, reward, terminated, truncated, final = env.step(actor.sample_chain(feature)[:, -1])

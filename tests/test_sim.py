@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim as cs                                                                    # noqa: E402
+from support import expert                                                                 # noqa: E402
 
 STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
@@ -62,8 +63,8 @@ def test_same_seed_same_pixels_whatever_ran_before(camera_sim):
         frames += [camera_sim.step(rng.uniform(-1, 1, 7)) for _ in range(15)]
         return frames
     first = roll()
-    cs.demo_episode(camera_sim, "turn_on_led", 0)
-    cs.play_episode(camera_sim, 1, 100)
+    expert.demo_episode(camera_sim, "turn_on_led", 0)
+    expert.play_episode(camera_sim, 1, 100)
     for one, other in zip(first, roll()):
         for key in one:
             assert np.array_equal(one[key], other[key]), key
@@ -96,20 +97,20 @@ def test_a_pybullet_without_numpy_draws_the_same(monkeypatch):
 @pytest.mark.parametrize("closed", ["", "2>&-", "1>&- 2>&-"])
 def test_importing_says_nothing(closed):
     """PyBullet's greeting on stderr is swallowed, and nothing else; a program may have no stderr at all."""
-    code = "import calvin_real, os, sys; os.write(2, b'mine') if sys.stderr else None"
+    code = "import support.calvin_real, os, sys; os.write(2, b'mine') if sys.stderr else None"
     command, folder = f'"{sys.executable}" -c "{code}" {closed}', Path(cs.__file__).parent
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "" if closed else "mine")
 
 
 def test_episode_is_a_function_of_its_seed(sim):
-    (demo, solved), play = cs.demo_episode(sim, "open_drawer", 5), cs.play_episode(sim, 5, 150)
-    cs.play_episode(sim, 1_000_001, 150)                 # after this one, Bullet's leftovers used to show in a block of the next
-    touchy = cs.play_episode(sim, 1_000_716, 62)
+    (demo, solved), play = expert.demo_episode(sim, "open_drawer", 5), expert.play_episode(sim, 5, 150)
+    expert.play_episode(sim, 1_000_001, 150)                 # after this one, Bullet's leftovers used to show in a block of the next
+    touchy = expert.play_episode(sim, 1_000_716, 62)
     fresh = cs.Tabletop(render=False)
-    assert all(np.array_equal(touchy[key], value) for key, value in cs.play_episode(fresh, 1_000_716, 62).items())
-    assert all(np.array_equal(play[key], value) for key, value in cs.play_episode(fresh, 5, 150).items())
-    again, _ = cs.demo_episode(fresh, "open_drawer", 5)
+    assert all(np.array_equal(touchy[key], value) for key, value in expert.play_episode(fresh, 1_000_716, 62).items())
+    assert all(np.array_equal(play[key], value) for key, value in expert.play_episode(fresh, 5, 150).items())
+    again, _ = expert.demo_episode(fresh, "open_drawer", 5)
     assert solved and all(np.array_equal(demo[key], value) for key, value in again.items())
     fresh.close()
 
@@ -117,15 +118,15 @@ def test_episode_is_a_function_of_its_seed(sim):
 def test_play_has_misses_of_every_size(sim, monkeypatch):
     """About half of the attempts are displaced by 1 to 12 cm, mostly to where the handle should go, and the pace at the handle varies: what play has not shown, no dream knows."""
     attempts, beyond = [], {task: [] for task in cs.TASKS}
-    class Watched(cs.Expert):
+    class Watched(expert.Expert):
         def __init__(self, task_name, rng, error, **kwargs):
             super().__init__(task_name, rng, error, **kwargs)
             attempts.append((np.linalg.norm(self.error), self.touch))
             if error:
                 beyond[task_name].append(self.error / error)
-    monkeypatch.setattr(cs, "Expert", Watched)
+    monkeypatch.setattr(expert, "Expert", Watched)
     for seed in range(16):
-        cs.play_episode(sim, seed, 250)
+        expert.play_episode(sim, seed, 250)
     size, touch = np.array(attempts).T
     assert len(size) > 60 and 0.35 < (size > 0).mean() < 0.65
     missed = size[size > 0]
@@ -139,7 +140,7 @@ def test_play_has_misses_of_every_size(sim, monkeypatch):
 
 
 def test_recorded_state_is_restored(camera_sim):
-    episode, _ = cs.demo_episode(camera_sim, "move_slider_left", 0)
+    episode, _ = expert.demo_episode(camera_sim, "move_slider_left", 0)
     for t in (0, 20, len(episode["rel_actions"]) - 1):
         obs = camera_sim.reset(episode["robot_obs"][t], episode["scene_obs"][t])
         assert np.allclose(obs["robot_obs"], episode["robot_obs"][t], atol=1e-4)
@@ -148,7 +149,7 @@ def test_recorded_state_is_restored(camera_sim):
 
 
 def test_frames_and_actions_line_up(sim):
-    episode, _ = cs.demo_episode(sim, "close_drawer", 2)
+    episode, _ = expert.demo_episode(sim, "close_drawer", 2)
     obs = sim.reset(episode["robot_obs"][0], episode["scene_obs"][0])
     for t in range(len(episode["rel_actions"])):
         assert np.allclose(obs["robot_obs"], episode["robot_obs"][t], atol=2e-3)
@@ -218,7 +219,7 @@ def test_lamps_are_visible(camera_sim):
 
 @pytest.mark.parametrize("task", list(cs.TASKS))
 def test_expert_solves_and_stillness_does_not(sim, task):
-    episodes = [cs.demo_episode(sim, task, seed) for seed in range(6)]       # 95 of 100; 'calvin_sim.py check' counts
+    episodes = [expert.demo_episode(sim, task, seed) for seed in range(6)]       # 95 of 100; 'calvin_sim.py check' counts
     assert sum(solved for _, solved in episodes) >= 5
     assert all(np.abs(episode["rel_actions"]).max() <= 1 for episode, _ in episodes)
     scene = sim.reset(*start(task))["scene_obs"]

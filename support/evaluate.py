@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 import calvin_sim
-import report
-from data import write_atomic
-from recording import Recording
-from runs import (STAGES, in_processes, load, load_file, load_judges, make_sim, output, read_log, seed_everything, sim_of, stamp,
+from data import Recording, write_atomic
+from support import report
+from support.runs import (STAGES, in_processes, load, load_file, load_judges, make_sim, output, read_log, seed_everything, sim_of, stamp,
                   versions)
 
 

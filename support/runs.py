@@ -17,8 +17,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -27,10 +29,10 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout                      # comes with torch
 
-import calvin_real
 import calvin_sim
-from data import (FIELDS, HELD_OUT, Dataset, InputError, calm_worker, frame_bytes, free_space, pack, replace_folder, save_part,
+from data import (FIELDS, HELD_OUT, Dataset, InputError, frame_bytes, free_space, pack, replace_folder, save_part,
                   write_atomic, writing)
+from support import calvin_real, expert
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
     "play": ("play_", (), False),
@@ -400,6 +402,12 @@ def in_processes(cfg, function, jobs, name):
         pool.shutdown(cancel_futures=True)
 
 
+def calm_worker():
+    """Set up a worker process: Ctrl-C is its parent's business, and when the parent is killed it must not live on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def calm_torch_worker():
     """A worker is one thread, leaves Ctrl-C to its parent, and ends when its parent does."""
     calm_worker()
@@ -428,9 +436,9 @@ def record_job(job):
         sim = record_job.__dict__.setdefault("sim", None) or make_sim(**job["sim"])                  # one simulator a process
         record_job.sim = sim
         if kind == "play":
-            episode, solved = calvin_sim.play_episode(sim, seed, length), True
+            episode, solved = expert.play_episode(sim, seed, length), True
         else:
-            episode, solved = calvin_sim.demo_episode(sim, kind, seed)
+            episode, solved = expert.demo_episode(sim, kind, seed)
         save_part(path, dict(episode, solved=np.array(solved)))
     with np.load(path) as part:
         return bool(part["solved"]), len(part["rel_actions"])

@@ -1,6 +1,6 @@
 """report.py: what came out.  Judging a world model on recordings, intervals, pictures, report.md, and the README's tables:
 
-    python report.py assets/results/*.json         # prints the results table from the rows that runs left behind (result_<task>.json)
+    python -m support.report docs/results/*.json         # prints the results table from the rows that runs left behind (result_<task>.json)
 
 Nothing here trains or acts; diwa.py hands over plain arrays and reads nothing back but numbers.
 """
@@ -379,7 +379,7 @@ def main(paths):
     """Print the table of the given result rows -> the exit code."""
     try:
         if not paths:
-            raise InputError("give the rows of some runs: python report.py runs/*/result_*.json")
+            raise InputError("give the rows of some runs: python -m support.report runs/*/result_*.json")
         print("\n".join(table([read_row(Path(p)) for p in paths])))
     except (InputError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)

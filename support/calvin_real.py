@@ -8,7 +8,6 @@ The clone is used as it is, without a patch and without a GPU.  Each guard below
 import contextlib
 import importlib
 import logging
-import os
 import sys
 import types
 import warnings
@@ -16,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calvin_sim import (BULB, CORNERS, LED, advance_target, checked_action, checked_start, colours, muted, pb,
-                        take_picture)
+from calvin_sim import BULB, LED, advance_target, checked_action, checked_start, colours, muted, pb, take_picture
 from data import InputError, area_resize
 
 CLONE = "git clone https://github.com/mees/calvin_env"
