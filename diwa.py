@@ -31,13 +31,10 @@ Where this file departs from the papers, on purpose (each is a flag or a comment
 Sources: DiWA arXiv 2508.03645; DPPO arXiv 2409.00588; DreamerV2 arXiv 2010.02193; PPO arXiv 1707.06347; LUMOS arXiv 2503.10370.
 """
 import copy
-import dataclasses
-import json
 import math
 import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,11 +43,9 @@ import torch.nn.functional as F
 
 from calvin_sim import TASKS, advance_target
 from data import InputError, Recording, action_chunks, decode_pose, encode_command, encode_proprio, window_starts
-from support import report
-from support.evaluate import stage_eval, stage_report
-from support.runs import (STAGES, Snapshots, called_by_a_worker, check_config, cosine_lr, load, load_judges, output, pack_recorded,
-                  parse, record, remember, restore, run_stage, save, seed_everything, stamp, tasks_of, train,
-                  use_given_demos, use_given_play)
+from support import evaluate, report
+from support.runs import (Snapshots, command_line, cosine_lr, load, load_judges, output, pack_recorded, record, restore, save,
+                          seed_everything, stamp, train, use_given_demos, use_given_play)
 
 # ======================================================================================================================
 # 1  Config.  Every setting of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -937,14 +932,17 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
 # ======================================================================================================================
 
 class Agent:
-    """B robots in lock step.  reset(B); act(obs) -> actions [B, 7] with obs a dict of stacked observations."""
+    """B robots in lock step.  reset(B); act(obs) -> actions [B, 7] with obs a dict of stacked observations.
 
-    def __init__(self, cfg, wm, actor):
-        self.cfg, self.wm, self.actor = cfg, wm, actor
+    With a classifier it also has opinions: verdict(), dreamed_success(), dreamed_verdicts(actions)."""
+
+    def __init__(self, cfg, wm, actor, classifier=None):
+        self.cfg, self.wm, self.actor, self.classifier = cfg, wm, actor, classifier
 
     def reset(self, batch):
         self.h, self.z = self.wm.initial(batch, self.cfg.device)
         self.action, self.target, self.queue = torch.zeros(batch, 7, device=self.cfg.device), None, []
+        self.begin = None                                   # state of the first frame
 
     @torch.no_grad()
     def observe(self, obs):
@@ -967,18 +965,41 @@ class Agent:
             self.h = self.wm.step(self.h, self.z, *(torch.cat(x, -1) for x in zip(*self.told)))
             self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(seen)), self.cfg)
             self.state, self.told = dict(h=self.h, z=self.z, command=command, target=self.target), []
+            self.begin = self.begin or self.state
         return feature_of(self.state)
 
     def act(self, obs):
         feature = self.observe(obs)
         if not self.queue:
             self.queue = list(self.actor.act(feature).unbind(1))                                      # H actions [B, 7]
-        self.action = executed(self.queue.pop(0))
+        return self.execute(self.queue.pop(0))
+
+    def execute(self, action):
+        """A policy's numbers [B, 7] -> what the arms receive, as numpy; the agent remembers it for the next frame."""
+        self.action = executed(action)
         return self.action.cpu().numpy()
+
+    @torch.no_grad()
+    def verdict(self):
+        """Does the classifier see success in the last frame?  -> bool [B]"""
+        return (self.classifier.success(feature_of(self.begin), feature_of(self.state)) > 0).cpu().numpy()
+
+    def dreamed_success(self):
+        """The same policy dreams on from its first frame: does it succeed there?  -> bool [B]"""
+        return dream_on(self.cfg, self.wm, self.actor, self.classifier, self.begin, feature_of(self.begin))
+
+    @torch.no_grad()
+    def dreamed_verdicts(self, actions):
+        """Executed actions [B, T, 7], dreamed again from the first frame -> the classifier's verdict after each chunk, bool [B, T / H]"""
+        state, first, H, verdicts = self.begin, feature_of(self.begin), self.cfg.bc_chunk, []
+        for chunk in actions[:, :actions.shape[1] // H * H].split(H, 1):
+            state, verdict = dream_chunk(self.wm, self.classifier, state, first, chunk)
+            verdicts.append(verdict > 0)
+        return torch.stack(verdicts, 1).cpu().numpy()
 
 
 # ======================================================================================================================
-# 8  Stages.  Each reads earlier results, writes its own, and can be run alone.  stage_eval and stage_report are in support/evaluate.py.
+# 8  Stages.  Each reads earlier results, writes its own, and can be run alone.
 # ======================================================================================================================
 
 def stage_play(cfg):
@@ -1133,8 +1154,9 @@ def stage_reward(cfg):
 def stage_finetune(cfg):
     """DiWA: PPO in the dream.  Reads recordings and checkpoints, steps no simulator."""
     seed_everything(cfg.seed, "finetune", cfg.task, "init")
-    wm, actor, classifier = load_policy(cfg, "bc")
-    finetune(cfg, DreamEnv(cfg, wm, classifier, *dream_starts(cfg, wm), cfg.ft_dreams, cfg.ft_horizon), actor.train())
+    agent = load_agent(cfg, "bc")
+    env = DreamEnv(cfg, agent.wm, agent.classifier, *dream_starts(cfg, agent.wm), cfg.ft_dreams, cfg.ft_horizon)
+    finetune(cfg, env, agent.actor.train())
 
 @torch.no_grad()
 def dream_starts(cfg, wm):
@@ -1179,8 +1201,8 @@ def finetune(cfg, env, actor):
     save(output(cfg, "finetune"), dict(stamp=stamp(cfg, "finetune"), actor=actor.state_dict(), snapshots=dict(snapshots)))
     partial.unlink(missing_ok=True)
 
-def load_policy(cfg, policy):
-    """World model, actor and classifier; policy: "bc", "tuned" or the iteration of a snapshot."""
+def load_agent(cfg, policy):
+    """The agent with a policy: "bc", "tuned" or the iteration of a snapshot."""
     wm = load_world_model(cfg)
     actor, classifier = build_actor(cfg, wm.feature_size), Classifier(cfg, wm.feature_size).to(cfg.device)
     classifier.load_state_dict(load(cfg, "reward")["model"])
@@ -1191,48 +1213,27 @@ def load_policy(cfg, policy):
         actor.load_state_dict(tuned["actor"])
         if policy != "tuned":
             actor.net.load_state_dict(tuned["snapshots"][policy])
-    return wm, actor.eval(), classifier.eval()
+    return Agent(cfg, wm, actor.eval(), classifier.eval())
+
+def stage_eval(cfg):
+    """Before and after from the same start states: only here does the tuned policy meet a simulator."""
+    evaluate.before_and_after(cfg, load_agent)
+
+def stage_report(cfg):
+    """Tables and pictures from what the other stages left behind."""
+    evaluate.write_report(cfg, load_agent, views)
+
 
 # ======================================================================================================================
 # 9  Command line
 # ======================================================================================================================
 
+STAGE_WORK = dict(play=stage_play, demos=stage_demos, wm=stage_wm, bc=stage_bc, reward=stage_reward, finetune=stage_finetune,
+                  eval=stage_eval, report=stage_report)
+
 def main(argv=None):
     """Run a command line -> the exit code: 0, 2 when something given cannot be used, 130 when interrupted."""
-    if called_by_a_worker():
-        print("diwa: a script calls diwa.main() while it is being imported by a worker process: put that call under "
-              "'if __name__ == \"__main__\":'", file=sys.stderr)
-        sys.exit(2)
-    try:
-        run(check_config(parse(argv, Config, PRESETS, __doc__.split("\n\n")[0], f"tasks: {', '.join(TASKS)}")))
-    except InputError as error:
-        print(f"\ndiwa: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:                                # a file that nothing above expected trouble with
-        print(f"\ndiwa: the file system refuses ({error}): free some disk space or choose another --runs folder, then run "
-              f"the same command again (finished work is kept)", file=sys.stderr)
-        return 2
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"\ndiwa: out of memory ({str(error).splitlines()[0] if str(error) else 'no more of it'}): try a smaller --wm_batch "
-              f"or fewer --ft_dreams, then run the same command again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ndiwa: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
-
-def run(cfg):
-    """The stages of --stage for the tasks of --task, one after the other."""
-    stages = [*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]
-    tasks = tasks_of(cfg) if cfg.task == "all" else [cfg.task]
-    for task in tasks:
-        cfg = dataclasses.replace(cfg, task=task)
-        for stage in stages:
-            run_stage(cfg, stage, globals()[f"stage_{stage}"]) if stage in STAGES else stage_report(cfg)
-    remember(cfg)
-    if len(tasks) > 1 and "report" in stages:
-        rows = [json.loads((Path(cfg.runs) / cfg.run / f"result_{task}.json").read_text()) for task in tasks]
-        print("\n".join(["", *report.table(rows)]))
+    return command_line(argv, Config, PRESETS, STAGE_WORK, __doc__.split("\n\n")[0])
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@ Then the last two stages of diwa.py, eval and report.
 
 SimEnv, at the end, is the road that DiWA does not take: the same PPO on a simulator instead of a dream.
 """
+import copy
 import dataclasses
 import json
 
@@ -18,24 +19,19 @@ from support.runs import (STAGES, in_processes, load, load_file, load_judges, ma
 
 def evaluation_job(job):
     """One simulator process: run the agent from each group of start seeds, the tabletops of a group in lock step.  -> list of episodes, see run_episodes"""
-    import diwa                                             # here: diwa.py imports this file
-    cfg, policy, groups, record = diwa.Config(**job["cfg"]), job["policy"], job["groups"], job["record"]
-    torch.set_num_threads(1)
-    cfg.device = "cpu"
-    wm, actor, classifier = diwa.load_policy(cfg, policy)
-    agent, results = diwa.Agent(cfg, wm, actor), []
+    cfg, groups = dataclasses.replace(job["cfg"], device="cpu"), job["groups"]
+    agent, results = job["load_agent"](cfg, job["policy"]), []
     sims = [make_sim(**sim_of(cfg)) for _ in range(max(len(group) for group in groups))]
     for group in groups:
         seed_everything("evaluate", group[0])
-        results += run_episodes(cfg, agent, classifier, sims[:len(group)], group, record)
+        results += run_episodes(cfg, agent, sims[:len(group)], group, job["record"])
     for sim in sims:
         sim.close()
     return results
 
 
-def run_episodes(cfg, agent, classifier, sims, seeds, record=()):
+def run_episodes(cfg, agent, sims, seeds, record=()):
     """An episode a seed -> [dict(seed, success, steps, truth, real, dream: verdicts at chunk ends, dreamed_success)], and frames for the seeds in record."""
-    from diwa import dream_on, feature_of
     B, H = len(sims), cfg.bc_chunk
     obs = [sim.reset(*calvin_sim.sample_start(cfg.task, np.random.default_rng(seed))) for sim, seed in zip(sims, seeds)]
     start, solved, steps = np.stack([o["scene_obs"] for o in obs]), np.zeros(B, bool), np.full(B, cfg.eval_steps)
@@ -44,10 +40,9 @@ def run_episodes(cfg, agent, classifier, sims, seeds, record=()):
     for t in range(cfg.eval_steps + 1):
         shared = set.intersection(*(set(o) for o in obs))    # pictures only where everyone has them
         action = agent.act({k: [o[k] for o in obs] for k in shared})
-        if t == 0:
-            begin, first = agent.state, feature_of(agent.state)
-        elif t % H == 0:
-            real.append(classifier.success(first, feature_of(agent.state)).numpy()), truth.append(solved.copy())
+        if t and t % H == 0:
+            real.append(agent.verdict())
+            truth.append(solved.copy())
         for i in range(B):
             if seeds[i] in record and (not frames[i] or steps[i] >= t):
                 frames[i].append(np.concatenate([obs[i]["rgb_static"], obs[i]["rgb_gripper"]], 1))
@@ -59,8 +54,8 @@ def run_episodes(cfg, agent, classifier, sims, seeds, record=()):
             obs[i] = sims[i].step(action[i], look=(t + 1) % cfg.wm_stride == 0 or last or seeds[i] in record)
             if not solved[i] and calvin_sim.success(cfg.task, start[i], obs[i]["scene_obs"]):
                 solved[i], steps[i] = True, t + 1
-    dream = replay_in_dream(agent.wm, classifier, begin, first, torch.stack(actions, 1), H)
-    dreamed = dream_on(cfg, agent.wm, agent.actor, classifier, begin, first)
+    dream = agent.dreamed_verdicts(torch.stack(actions, 1))
+    dreamed = agent.dreamed_success()
     real, truth, ends = np.stack(real, 1), np.stack(truth, 1), 1 - -steps // H                        # [B, T / H]
     cut = lambda x, i: [int(v) for v in x[i, :ends[i]]]
     episodes = []
@@ -71,20 +66,10 @@ def run_episodes(cfg, agent, classifier, sims, seeds, record=()):
     return episodes
 
 
-@torch.no_grad()
-def replay_in_dream(wm, classifier, state, first, actions, chunk):
-    """Replay executed actions [B, T, 7] in the dream from the agent's first state: the classifier's verdicts at chunk ends [B, T / H]."""
-    from diwa import dream_chunk
-    verdicts = []
-    for part in actions[:, :actions.shape[1] // chunk * chunk].split(chunk, 1):
-        state, verdict = dream_chunk(wm, classifier, state, first, part)
-        verdicts.append(verdict)
-    return torch.stack(verdicts, 1).cpu().numpy()
-
-
-def evaluate(cfg, policies, seeds, record=(), finished=None, keep=None):
+def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=None):
     """Every policy ("bc", "tuned" or a snapshot's iteration) in the simulator, from the start states of the seeds -> {policy: episodes}
 
+    load_agent(cfg, policy) -> an agent: a function of a module, since worker processes call it.
     A group shares its noise, so the groups depend on the seeds alone, never on the number of processes.
     record: seeds whose frames are kept.  finished: {policy/first seed of a group: episodes} that need not be done again; keep(finished) saves it."""
     size = 10 if cfg.sim == "tabletop" else 1               # in lock step, so that the networks run batched; calvin_env: one a process
@@ -96,7 +81,7 @@ def evaluate(cfg, policies, seeds, record=(), finished=None, keep=None):
     for policy in policies:
         todo = [group for group in groups if f"{policy}/{group[0]}" not in finished]
         for a in range(0, len(todo), share):
-            jobs.append(dict(cfg=dataclasses.asdict(cfg), policy=policy, groups=todo[a:a + share], record=record))
+            jobs.append(dict(cfg=cfg, load_agent=load_agent, policy=policy, groups=todo[a:a + share], record=record))
     for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation") if jobs else ()):
         for group in job["groups"]:
             finished[f"{job['policy']}/{group[0]}"] = [e for e in episodes if e["seed"] in group]
@@ -105,11 +90,10 @@ def evaluate(cfg, policies, seeds, record=(), finished=None, keep=None):
     return {policy: [e for group in groups for e in finished[f"{policy}/{group[0]}"]] for policy in policies}
 
 
-def dream_evaluation(cfg):
+def dream_evaluation(cfg, load_agent):
     """Without a simulator: before and after in the dream, once from each recorded first frame of the demonstrations that judge.
 
     -> results, dream_success, trained_on: the frames are those of demonstrations that the policy was cloned from, for want of others"""
-    from diwa import Agent, dream_on, load_policy
     recording = load_judges(cfg)
     begin = [a for task, a, _ in recording.segments if task == cfg.task] if recording else []
     trained_on = not begin or cfg.task in recording.meta.get("trained_on", [])
@@ -119,12 +103,10 @@ def dream_evaluation(cfg):
     frames, results = np.array(begin[:cfg.eval_episodes]), {}
     for policy in ("bc", "tuned"):
         seed_everything("evaluate", cfg.seed)
-        wm, actor, classifier = load_policy(cfg, policy)
-        agent = Agent(cfg, wm, actor)
+        agent = load_agent(cfg, policy)
         agent.reset(len(frames))
-        first = agent.observe({key: recording[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
-        believed = dream_on(cfg, wm, actor, classifier, agent.state, first)
-        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, believed)]
+        agent.observe({key: recording[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
+        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, agent.dreamed_success())]
     return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])), trained_on=trained_on)
 
 
@@ -138,13 +120,13 @@ def rollout_path(cfg, name):
     return output(cfg, "eval").with_name(f"rollout_{name}_{cfg.task}.gif")
 
 
-def stage_eval(cfg):
+def before_and_after(cfg, load_agent):
     """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
     path = output(cfg, "eval")
     for name in ("before", "after"):
         rollout_path(cfg, name).unlink(missing_ok=True)     # of an older evaluation
     if cfg.sim == "none":
-        content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg))
+        content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg, load_agent))
         return write_atomic(path, lambda p: p.write_text(json.dumps(content)))
     partial = path.with_suffix(".partial.json")
     content = load_file(partial) if partial.exists() else {}
@@ -154,10 +136,10 @@ def stage_eval(cfg):
         write_atomic(partial, lambda p: p.write_text(json.dumps(dict(stamp=stamp(cfg, "eval"), finished=finished))))
 
     reported, others = start_seeds(cfg)
-    results = evaluate(cfg, ("bc", "tuned"), reported, (), finished, keep)
+    results = evaluate(cfg, load_agent, ("bc", "tuned"), reported, (), finished, keep)
     snapshots = ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)] if cfg.eval_curve else []
     curve = {}
-    for policy, episodes in evaluate(cfg, snapshots, others, (), finished, keep).items():
+    for policy, episodes in evaluate(cfg, load_agent, snapshots, others, (), finished, keep).items():
         curve["0" if policy == "bc" else policy] = float(np.mean([e["success"] for e in episodes]))
     dream_success = float(np.mean([r["dreamed_success"] for r in results["tuned"]]))
     content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=dream_success)
@@ -165,7 +147,7 @@ def stage_eval(cfg):
     partial.unlink(missing_ok=True)
 
 
-def record_rollouts(cfg, results):
+def record_rollouts(cfg, load_agent, results):
     """The gifs before and after: two episodes run again with a camera, failures that became successes where there are some."""
     seeds, _ = start_seeds(cfg)
     turned = [r["seed"] for r, t in zip(results["bc"], results["tuned"]) if t["success"] and not r["success"]]
@@ -173,22 +155,22 @@ def record_rollouts(cfg, results):
     size = 10 if cfg.sim == "tabletop" else 1
     firsts = sorted({size * ((seed - int(seeds[0])) // size) for seed in chosen})
     group = np.concatenate([seeds[a:a + size] for a in firsts])                         # whole groups: they share their noise
-    again = evaluate(cfg, ("bc", "tuned"), group, chosen)
+    again = evaluate(cfg, load_agent, ("bc", "tuned"), group, chosen)
     for policy, name in (("bc", "before"), ("tuned", "after")):
         report.gif(rollout_path(cfg, name), [f for r in again[policy] for f in r.get("frames", ())])
 
 
 @torch.no_grad()
-def stage_report(cfg):
+def write_report(cfg, load_agent, views):
     """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
-    from diwa import load_policy, views
     folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
     trust = load(cfg, "reward")["trust"]
     if cfg.sim != "none" and not all(rollout_path(cfg, name).exists() for name in ("before", "after")):
-        record_rollouts(cfg, evaluation["results"])
+        record_rollouts(cfg, load_agent, evaluation["results"])
     dream_log = read_log(cfg, "finetune", "dream_success")
     report.curves(folder / f"curves_{cfg.task}.png", cfg.task, dream_log, evaluation, cfg.eval_curve, trust)
-    wm, _, classifier = load_policy(cfg, "bc")
+    agent = load_agent(cfg, "bc")
+    wm, classifier = agent.wm, agent.classifier
     source, (a, b) = shown_span(cfg)
     recording = Recording(cfg, source, wm)
     seen, dreamed, frames = views(wm, recording, np.array([a]), b - a + 1)
@@ -219,9 +201,8 @@ def shown_span(cfg):
 class SimEnv:
     """The same interface as DreamEnv over real simulators: its PPO is the online rival DPPO, with the world model as encoder."""
 
-    def __init__(self, cfg, wm, sims, seed):
-        from diwa import Agent
-        self.cfg, self.wm, self.sims, self.horizon, self.filter = cfg, wm, sims, cfg.ft_horizon, Agent(cfg, wm, None)
+    def __init__(self, cfg, agent, sims, seed):
+        self.cfg, self.wm, self.sims, self.horizon, self.filter = cfg, agent.wm, sims, cfg.ft_horizon, agent
         self.rng = np.random.default_rng(seed)
 
     def reset(self):
@@ -231,13 +212,12 @@ class SimEnv:
         return self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
 
     def step(self, chunk):
-        from diwa import Agent, executed
         device, done = chunk.device, np.zeros(len(self.sims), bool)
         for k in range(chunk.shape[1]):
-            self.filter.action = executed(chunk[:, k])
+            action = self.filter.execute(chunk[:, k])
             for i, sim in enumerate(self.sims):
                 if not done[i]:
-                    self.obs[i] = sim.step(self.filter.action[i].cpu().numpy())
+                    self.obs[i] = sim.step(action[i])
                     done[i] = calvin_sim.success(self.cfg.task, self.start[i], self.obs[i]["scene_obs"])
             final = self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
         self.age += 1
@@ -245,7 +225,7 @@ class SimEnv:
         for i in np.flatnonzero(done | truncated):
             self.obs[i] = self.sims[i].reset(*calvin_sim.sample_start(self.cfg.task, self.rng))
             self.start[i], self.age[i] = self.obs[i]["scene_obs"], 0
-            single = Agent(self.cfg, self.filter.wm, None)
+            single = copy.copy(self.filter)                 # the same networks, a memory of its own
             single.reset(1)
             feature[i] = single.observe({k: [v] for k, v in self.obs[i].items()})[0]
             for name in ("h", "z", "action", "target", "tcp"):

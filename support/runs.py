@@ -30,9 +30,9 @@ import torch
 from filelock import FileLock, Timeout                      # comes with torch
 
 import calvin_sim
-from data import (FIELDS, HELD_OUT, Dataset, InputError, frame_bytes, free_space, pack, replace_folder, save_part,
+from data import (ELSEWHERE, FIELDS, HELD_OUT, Dataset, InputError, frame_bytes, free_space, pack, replace_folder, save_part,
                   write_atomic, writing)
-from support import calvin_real, expert
+from support import calvin_real, expert, report
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
     "play": ("play_", (), False),
@@ -414,11 +414,6 @@ def calm_torch_worker():
     torch.set_num_threads(1)
 
 
-def called_by_a_worker():
-    """Is this program running in a process that is just being started?  Then a script without a main guard has called it once more."""
-    return getattr(multiprocessing.current_process(), "_inheriting", False)          # what multiprocessing itself looks at
-
-
 # --- recording ------------------------------------------------------------------------------------------------------------
 
 def sim_of(cfg):
@@ -673,3 +668,51 @@ def pack_segments(cfg, stage, folder, segments, **more):
     meta = dict(meta, **more, stamp=stamp(cfg, stage), versions=versions(cfg))
     pack([parts / f"{i}.npz" for i in range(len(segments))], folder, meta, [(task, 0, b - a) for task, a, b in segments])
     shutil.rmtree(parts)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------------
+
+def command_line(argv, config, presets, stage_work, title):
+    """Run a command line; stage_work: {stage: function(cfg)}.  -> the exit code: 0, 2 when something given cannot be used, 130 when interrupted"""
+    if called_by_a_worker():
+        print("diwa: a script calls diwa.main() while it is being imported by a worker process: put that call under "
+              "'if __name__ == \"__main__\":'", file=sys.stderr)
+        sys.exit(2)
+    try:
+        run(check_config(parse(argv, config, presets, title, f"tasks: {', '.join(calvin_sim.TASKS)}")), stage_work)
+    except InputError as error:
+        print(f"\ndiwa: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:                                # a file that nothing above expected trouble with
+        print(f"\ndiwa: the file system refuses ({error}): {ELSEWHERE}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"\ndiwa: out of memory ({str(error).splitlines()[0] if str(error) else 'no more of it'}): try a smaller --wm_batch "
+              f"or fewer --ft_dreams, then run the same command again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndiwa: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def called_by_a_worker():
+    """Is this program running in a process that is just being started?  Then a script without a main guard has called it once more."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)          # what multiprocessing itself looks at
+
+
+def run(cfg, stage_work):
+    """The stages of --stage for the tasks of --task, one after the other."""
+    stages = [*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]
+    tasks = tasks_of(cfg) if cfg.task == "all" else [cfg.task]
+    for task in tasks:
+        cfg = dataclasses.replace(cfg, task=task)
+        for stage in stages:
+            if stage in STAGES:
+                run_stage(cfg, stage, stage_work[stage])
+            else:
+                stage_work[stage](cfg)
+    remember(cfg)
+    if len(tasks) > 1 and "report" in stages:
+        rows = [load_file(Path(cfg.runs) / cfg.run / f"result_{task}.json") for task in tasks]
+        print("\n".join(["", *report.table(rows)]))

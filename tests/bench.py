@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim
 import diwa
 import data
-from data import Recording
 from support.runs import check_config, parse
 
 

@@ -22,9 +22,9 @@ def compare(real, tabletop, seed, steps=60):
     """One trial -> task, the largest distance of the TCP and of each of the four joints over all steps (m), do both lights agree at the end."""
     name, rng = list(cs.TASKS)[seed % len(cs.TASKS)], np.random.default_rng([seed, 4])
     start = cs.sample_start(name, rng)
-    expert, here, there = expert.Expert(name, rng), [tabletop.reset(*start)], [real.reset(*start)]
+    guide, here, there = expert.Expert(name, rng), [tabletop.reset(*start)], [real.reset(*start)]
     for _ in range(steps):
-        action = expert.act(here[-1]["robot_obs"], here[-1]["scene_obs"])
+        action = guide.act(here[-1]["robot_obs"], here[-1]["scene_obs"])
         here.append(tabletop.step(action)), there.append(real.step(action))
     robot, scene = (np.stack([[obs[key] for obs in story] for story in (here, there)]).astype(float) for key in ("robot_obs", "scene_obs"))
     tcp = np.linalg.norm(robot[0, :, :3] - robot[1, :, :3], axis=-1).max()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import InputError  # noqa: E402
-from support import calvin_import, data_command, runs  # noqa: E402
+from support import calvin_import, data_command  # noqa: E402
 
 SHAPES = {"rgb_static": (50, 50, 3), "rgb_gripper": (21, 21, 3), "robot_obs": (15,), "scene_obs": (24,), "rel_actions": (7,)}
 EPISODES = [(100, 102), (103, 132), (140, 151)]          # does not start at 0, a first episode of 3 frames, a gap

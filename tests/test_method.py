@@ -18,6 +18,7 @@ import calvin_sim
 import data
 import diwa
 from data import InputError
+from support import runs
 
 FEATURE = 11                                                # size of the made-up features
 
@@ -178,7 +179,7 @@ def test_denoiser_shapes(net, H):
 def test_unet_refuses_odd_chunks():
     """The UNet halves the chunk twice; a chunk of 6 must be refused in words."""
     with pytest.raises(InputError, match="bc_chunk"):
-        diwa.check_config(tiny(bc_net="unet", bc_chunk=6))
+        runs.check_config(tiny(bc_net="unet", bc_chunk=6))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_base_gets_no_gradient():
 def test_bad_fine_tuned_steps(tuned):
     """K' outside 1..K is refused with a sentence that names the flag."""
     with pytest.raises(InputError, match="ft_steps"):
-        diwa.check_config(tiny(ft_steps=tuned))
+        runs.check_config(tiny(ft_steps=tuned))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import calvin_sim as cs                                                                    # noqa: E402
 import data                                                                                # noqa: E402
 import fidelity                                                                            # noqa: E402
-from support import calvin_import, calvin_real, expert                                     # noqa: E402
+from support import calvin_import, expert                                     # noqa: E402
 from support.calvin_real import RealCalvin                                                 # noqa: E402
 
 CLONE, SAMPLE = os.environ.get("CALVIN_ENV_ROOT"), os.environ.get("CALVIN_SAMPLE")

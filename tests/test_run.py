@@ -1,4 +1,5 @@
 """The program as a user meets it: one end-to-end run, skipping, resuming after kill -9, errors with exit code 2, and no simulator offline."""
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import calvin_sim
-import data
 import diwa
 from support import evaluate, report, runs
 
@@ -247,8 +247,8 @@ def test_all_tasks_share_play_and_world_model(done, tmp_path, monkeypatch, capsy
         row = json.loads((done / "smoke" / "result_close_drawer.json").read_text())
         (tmp_path / "smoke").mkdir(exist_ok=True)
         (tmp_path / "smoke" / f"result_{cfg.task}.json").write_text(json.dumps(dict(row, task=cfg.task)))
-    monkeypatch.setattr(diwa, "run_stage", stage)
-    monkeypatch.setattr(diwa, "stage_report", written)
+    monkeypatch.setattr(runs, "run_stage", stage)
+    monkeypatch.setitem(diwa.STAGE_WORK, "report", written)
     assert diwa.main([*TINY, "--runs", str(tmp_path), "--task", "all"]) == 0
     assert asked == [(task, name) for task in diwa.TASKS for name in runs.STAGES]
     assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:-1] == list(report.PAPER)
@@ -259,7 +259,7 @@ def test_help_lists_every_setting(capsys):
         diwa.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for field in diwa.dataclasses.fields(diwa.Config):
+    for field in dataclasses.fields(diwa.Config):
         assert f"--{field.name}" in text
 
 
@@ -267,9 +267,10 @@ def test_online_rival_runs(done):
     """SimEnv has DreamEnv's interface, so DPPO online is the same code."""
     import numpy as np
     from support.evaluate import SimEnv
-    cfg = diwa.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
-    wm, actor, _ = diwa.load_policy(cfg, "bc")
-    env = SimEnv(cfg, wm, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    agent = diwa.load_agent(cfg, "bc")
+    wm, actor = agent.wm, agent.actor
+    env = SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
     feature = env.reset()
     env.age[:] = env.horizon - 1
     following, reward, terminated, truncated, final = env.step(actor.sample_chain(feature)[:, -1])
@@ -280,7 +281,7 @@ def test_online_rival_runs(done):
 
 def test_the_tuned_policy_is_the_last_snapshot(done):
     """What is evaluated is what PPO ended with, and the learning curve ends with it."""
-    cfg = diwa.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
     tuned = runs.load(cfg, "finetune")
     assert sorted(map(int, tuned["snapshots"]))[-1] == cfg.ft_iterations
     for name, weight in tuned["snapshots"][str(cfg.ft_iterations)].items():
@@ -291,7 +292,7 @@ def test_the_tuned_policy_is_the_last_snapshot(done):
 def test_evaluation_does_not_depend_on_the_number_of_processes(monkeypatch):
     """A group shares its noise: whoever runs it, the groups are the same."""
     monkeypatch.setattr(evaluate, "in_processes", lambda cfg, function, jobs, name: ([dict(seed=seed, policy=job["policy"], mates=group) for group in job["groups"] for seed in group] for job in jobs))
-    results = [evaluate.evaluate(diwa.Config(workers=n), ["bc", "tuned"], range(7000, 7042)) for n in (1, 2, 3, 9)]
+    results = [evaluate.evaluate(diwa.Config(workers=n), diwa.load_agent, ["bc", "tuned"], range(7000, 7042)) for n in (1, 2, 3, 9)]
     assert all(r == results[0] for r in results)
     assert [episode["seed"] for episode in results[0]["tuned"]] == list(range(7000, 7042)) and {e["policy"] for e in results[0]["bc"]} == {"bc"}
 
