@@ -18,7 +18,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 
 from calvin_sim import TASKS, advance_target, success
+from support.files import InputError, replace_folder, write_atomic, writing
 
 FIELDS = {  # name: (shape of one frame, dtype); S is the image size
     "rgb_static": (("S", "S", 3), np.uint8),
@@ -39,38 +39,8 @@ FIELDS = {  # name: (shape of one frame, dtype); S is the image size
 OPTIONAL = ("scene_obs",)
 
 
-class InputError(Exception):
-    """Something that the user gave cannot be used.  The message is one sentence: what, where, and what to type next."""
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing: files appear whole or not at all, so that a kill in the middle never leaves half a dataset that looks like one.
-
-ELSEWHERE = "free some disk space or choose another --runs folder, then run the same command again (finished work is kept)"
-
-
-@contextlib.contextmanager
-def writing(path, advice=ELSEWHERE):
-    """Whatever the file system refuses inside becomes one sentence: what, where, why, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
-
-
-def write_atomic(path, write, advice=ELSEWHERE):
-    """Call write(temporary path), then rename it to path: a reader sees the old file or the new one, never a torn one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    with writing(path, advice):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
 
 def save_part(path, episode):
     """Write one recorded episode (a dict of the FIELDS) as an .npz; numpy's own default keys."""
@@ -80,11 +50,6 @@ def save_part(path, episode):
 def frame_bytes(size):
     """Bytes that one frame takes in a dataset with pictures of `size` pixels a side."""
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in sized_fields(size).values())
-
-
-def free_space(path):
-    """Bytes that are free where `path` is, or will be."""
-    return shutil.disk_usage(next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.is_dir())).free
 
 
 def pack(parts, out, meta, segments=None):
@@ -128,13 +93,6 @@ def npy_start(file, shape, dtype):
     header = dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape)
     np.lib.format.write_array_header_1_0(file, header)
     return file.tell()
-
-
-def replace_folder(temporary, out):
-    """Put a finished folder in the place of an old one."""
-    with writing(out):
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
 
 
 def sized_fields(size):

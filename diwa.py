@@ -42,10 +42,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from calvin_sim import TASKS, advance_target
-from data import InputError, Recording, action_chunks, decode_pose, encode_command, encode_proprio, window_starts
+from data import Recording, action_chunks, decode_pose, encode_command, encode_proprio, window_starts
 from support import evaluate, report
-from support.runs import (Snapshots, command_line, cosine_lr, load, load_judges, output, pack_recorded, record, restore, save,
-                          seed_everything, stamp, train, use_given_demos, use_given_play)
+from support.files import InputError
+from support.runs import (Snapshots, command_line, cosine_lr, load, load_judges, origin, output, pack_recorded, record, restore,
+                          save, seed_everything, train, use_given_demos, use_given_play)
 
 # ======================================================================================================================
 # 1  Config.  Every setting of the program, once.  A field's prefix says which stage it belongs to, and a stage is redone
@@ -61,6 +62,7 @@ class Config:
     runs: str = "runs"              # where run folders are kept
     device: str = "auto"            # cpu, cuda or auto
     workers: int = 2                # simulator processes
+    keep: str = ""                  # stages, separated by commas, whose results are used as they are although their code has changed
     # common to all stages
     seed: int = 0                   # every random number of the run follows from it
     sim: str = "tabletop"           # the simulator that records and evaluates: tabletop, calvin (needs --calvin_root) or none (needs --data)
@@ -1063,7 +1065,7 @@ def stage_wm(cfg):
     judges = judges and Recording(cfg, judges, wm)
     judged = report.judge_world_model(recording, judges, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
     print("  replay share " + "  ".join(f"{t} {s:.2f}" for t, s in judged["replay_share"].items()))
-    save(output(cfg, "wm"), dict(stamp=stamp(cfg, "wm"), model=wm.state_dict(), judged=judged))
+    save(output(cfg, "wm"), dict(origin(cfg, "wm"), model=wm.state_dict(), judged=judged))
     partial.unlink(missing_ok=True)
 
 def stage_bc(cfg):
@@ -1089,7 +1091,7 @@ def stage_bc(cfg):
 
     partial = train(cfg, "bc", cfg.bc_updates, dict(actor=actor, optimizer=optimizer), update, every=50)
     actor.net.load_state_dict(actor.base.state_dict())      # the moving average is what acts and where fine-tuning starts: there net learns on, base stays frozen
-    save(output(cfg, "bc"), dict(stamp=stamp(cfg, "bc"), actor=actor.state_dict()))
+    save(output(cfg, "bc"), dict(origin(cfg, "bc"), actor=actor.state_dict()))
     partial.unlink(missing_ok=True)
 
 def stage_reward(cfg):
@@ -1112,10 +1114,10 @@ def stage_reward(cfg):
         rows = np.arange(len(frames))[:, None]
         for f in (seen, dreamed):
             # Where a rule can label any pair, compare with any window's start: a lamp is off wherever the arm is, not only beside the lever.  Else with its own
-            origin = rng.integers(0, len(frames), pick.shape) if cfg.reward_labels == "predicate" else rows.repeat(12, 1)   # [W, 12] windows
-            then, now = f[torch.from_numpy(origin), 0].flatten(0, 1), f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1)   # [W * 12, F]
+            start = rng.integers(0, len(frames), pick.shape) if cfg.reward_labels == "predicate" else rows.repeat(12, 1)   # [W, 12] windows
+            then, now = f[torch.from_numpy(start), 0].flatten(0, 1), f[torch.from_numpy(rows), torch.from_numpy(pick)].flatten(0, 1)   # [W * 12, F]
             if cfg.reward_labels == "predicate":
-                happened = torch.from_numpy(play.success(cfg.task, frames[origin, 0], frames[rows, pick]).ravel()).to(cfg.device)
+                happened = torch.from_numpy(play.success(cfg.task, frames[start, 0], frames[rows, pick]).ravel()).to(cfg.device)
                 groups += [(then[happened], now[happened], 1), (then[~happened], now[~happened], 0)]
             else:
                 groups.append((then, now, 2))               # unlabelled
@@ -1148,7 +1150,7 @@ def stage_reward(cfg):
     judges = load_judges(cfg)
     judges = judges and Recording(cfg, judges, wm)
     judged = report.trust(cfg.task, verdict, play, judges, lambda *windows: views(wm, *windows), length, seed_everything(cfg.seed, "judge"))
-    save(output(cfg, "reward"), dict(stamp=stamp(cfg, "reward"), model=model.state_dict(), trust=judged))
+    save(output(cfg, "reward"), dict(origin(cfg, "reward"), model=model.state_dict(), trust=judged))
     partial.unlink(missing_ok=True)
 
 def stage_finetune(cfg):
@@ -1198,7 +1200,7 @@ def finetune(cfg, env, actor):
 
     partial = train(cfg, "finetune", cfg.ft_iterations, dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots,
                     actor_optimizer=optimizers["actor"], critic_optimizer=optimizers["critic"]), update, every=1)
-    save(output(cfg, "finetune"), dict(stamp=stamp(cfg, "finetune"), actor=actor.state_dict(), snapshots=dict(snapshots)))
+    save(output(cfg, "finetune"), dict(origin(cfg, "finetune"), actor=actor.state_dict(), snapshots=dict(snapshots)))
     partial.unlink(missing_ok=True)
 
 def load_agent(cfg, policy):

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import FIELDS, Dataset, InputError, area_resize, frame_bytes, free_space, npy_start, sized_fields, write_atomic, writing
+from data import FIELDS, Dataset, area_resize, frame_bytes, npy_start, sized_fields
+from support.files import InputError, free_space, write_atomic, writing
 from support.runs import calm_worker
 
 CHUNK = 128        # frames a worker converts at a time: the unit of resuming, and 3 MB of its memory at 64 px

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from calvin_sim import BULB, LED, advance_target, checked_action, checked_start, colours, muted, pb, take_picture
-from data import InputError, area_resize
+from data import area_resize
+from support.files import InputError
 
 CLONE = "git clone https://github.com/mees/calvin_env"
 PIP = "pip install hydra-core hydra-colorlog scipy numpy-quaternion"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Dataset, InputError, write_atomic
+from data import Dataset
 from support.calvin_import import import_calvin
+from support.files import InputError, write_atomic
 
 NAMES = {
     "rel_actions": "dx dy dz droll dpitch dyaw gripper",

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 import calvin_sim
-from data import Recording, write_atomic
+from data import Recording
 from support import report
-from support.runs import (STAGES, in_processes, load, load_file, load_judges, make_sim, output, read_log, seed_everything, sim_of, stamp,
+from support.files import write_atomic
+from support.runs import (STAGES, in_processes, load, load_file, load_judges, make_sim, origin, output, read_log, seed_everything, sim_of,
                   versions)
 
 
@@ -126,14 +127,14 @@ def before_and_after(cfg, load_agent):
     for name in ("before", "after"):
         rollout_path(cfg, name).unlink(missing_ok=True)     # of an older evaluation
     if cfg.sim == "none":
-        content = dict(stamp=stamp(cfg, "eval"), **dream_evaluation(cfg, load_agent))
+        content = dict(origin(cfg, "eval"), **dream_evaluation(cfg, load_agent))
         return write_atomic(path, lambda p: p.write_text(json.dumps(content)))
     partial = path.with_suffix(".partial.json")
     content = load_file(partial) if partial.exists() else {}
-    finished = content["finished"] if content.get("stamp") == stamp(cfg, "eval") else {}
+    finished = content["finished"] if content.get("origin") == origin(cfg, "eval") else {}
 
     def keep(finished):
-        write_atomic(partial, lambda p: p.write_text(json.dumps(dict(stamp=stamp(cfg, "eval"), finished=finished))))
+        write_atomic(partial, lambda p: p.write_text(json.dumps(dict(origin=origin(cfg, "eval"), finished=finished))))
 
     reported, others = start_seeds(cfg)
     results = evaluate(cfg, load_agent, ("bc", "tuned"), reported, (), finished, keep)
@@ -142,7 +143,7 @@ def before_and_after(cfg, load_agent):
     for policy, episodes in evaluate(cfg, load_agent, snapshots, others, (), finished, keep).items():
         curve["0" if policy == "bc" else policy] = float(np.mean([e["success"] for e in episodes]))
     dream_success = float(np.mean([r["dreamed_success"] for r in results["tuned"]]))
-    content = dict(stamp=stamp(cfg, "eval"), results=results, curve=curve, dream_success=dream_success)
+    content = dict(origin(cfg, "eval"), results=results, curve=curve, dream_success=dream_success)
     write_atomic(path, lambda p: p.write_text(json.dumps(content)))
     partial.unlink(missing_ok=True)
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from calvin_sim import (BULB, BUTTON, DRAWER, LED, MAX_REL_ORN, MAX_REL_POS, SLIDER, SWITCH, TASKS, TIP, Tabletop, advance_target,
                         possible, sample_start, success)
-from data import InputError
 from support.calvin_real import RealCalvin
+from support.files import InputError
 from support.tabletop_model import euler_matrix
 
 # ---- The scripted expert: sees robot_obs and scene_obs, says a relative action ---------------------------------------

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from calvin_sim import TASKS, possible
-from data import InputError, window_starts, write_atomic
+from data import window_starts
+from support.files import InputError, write_atomic
 
 PROBED = {"slider": 0, "drawer": 1, "lever": 3, "bulb": 4, "led": 5}              # name: index in scene_obs
 MOVED = {"slider": 0.02, "drawer": 0.02, "lever": 0.01, "bulb": 0.5, "led": 0.5, "tcp": 2.0}   # counts as having moved; m, m, m, 0/1, 0/1, cm

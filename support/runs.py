@@ -1,7 +1,8 @@
 """runs.py: what every stage needs and no paper mentions.  Settings, run folders, resuming, progress, processes.
 
-A run folder runs/<name>/ holds one result a stage.  Each result carries the settings that it depends on (its stamp): a stage skips itself
-when its result is there with today's settings, and a stage that reads a result of other settings refuses it and names the difference.
+A run folder runs/<name>/ holds one result a stage.  Each result remembers the settings that it depends on (its stamp), the code that made it and
+the results that it was made from: a stage skips itself when its result is there with today's settings and code, and a stage that reads
+a result of others refuses it and names the difference.
 """
 import argparse
 import concurrent.futures
@@ -30,9 +31,10 @@ import torch
 from filelock import FileLock, Timeout                      # comes with torch
 
 import calvin_sim
-from data import (ELSEWHERE, FIELDS, HELD_OUT, Dataset, InputError, frame_bytes, free_space, pack, replace_folder, save_part,
-                  write_atomic, writing)
+from data import FIELDS, HELD_OUT, Dataset, frame_bytes, pack, save_part
 from support import calvin_real, expert, report
+from support.files import ELSEWHERE, InputError, free_space, replace_folder, write_atomic, writing
+from support.fingerprint import code_of, definitions
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
     "play": ("play_", (), False),
@@ -104,7 +106,7 @@ def saved_settings(path, fields):
         fits = isinstance(value, types[name]) or types[name] is float and isinstance(value, int)
         if not fits or isinstance(value, bool):
             raise InputError(f"{path} says {name} = {json.dumps(value)}, which is no {types[name].__name__}: correct that line")
-    return {k: types[k](v) for k, v in settings.items() if k not in ("stage", "task", "run", "runs", "device", "workers")}
+    return {k: types[k](v) for k, v in settings.items() if k not in ("stage", "task", "run", "runs", "device", "workers", "keep")}
 
 
 def known(value, allowed, name):
@@ -167,27 +169,83 @@ def identity(folder):
     return f"{len(dataset)} frames, checksum {zlib.crc32(repr(dataset.segments).encode(), number):08x}"
 
 
-def stamp_of(cfg, stage):
-    """The stamp of an existing result, or None where there is none."""
+def origin(cfg, stage):
+    """What a result remembers of how it was made: settings, code (see fingerprint.py), and which results it was made from."""
+    return dict(stamp=stamp(cfg, stage), python=platform.python_version().rpartition(".")[0], code=code(cfg, stage),
+                made_from={other: mark(found_origin(cfg, other)) for other in STAGES[stage][1]})
+
+
+def code(cfg, stage):
+    """The code that a stage of this run uses: not the adapter of a simulator that it does not run in."""
+    return {name: number for name, number in code_of(stage).items() if cfg.sim == "calvin" or not name.startswith("support.calvin_real")}
+
+
+def mark(found):
+    """A short name for a result: two that were made alike have the same."""
+    return f"{zlib.crc32(json.dumps(found, sort_keys=True).encode()):08x}"
+
+
+def found_origin(cfg, stage):
+    """The origin that an existing result remembers, or None where there is none.  Results of older versions remember their settings only."""
     path = output(cfg, stage)
-    if stage in ("play", "demos"):
-        return load_file(path / "meta.json").get("stamp") if (path / "meta.json").exists() else None
-    return load_file(path)["stamp"] if path.exists() else None
+    path = path / "meta.json" if stage in ("play", "demos") else path
+    return read_origin(path, path.stat().st_mtime_ns) if path.exists() else None
+
+
+@functools.lru_cache(maxsize=64)
+def read_origin(path, changed):
+    content = load_file(path)
+    return {key: content[key] for key in ("stamp", "python", "code", "made_from") if key in content}
+
+
+def other_settings(cfg, stage, found):
+    """Settings of a result that are not today's -> {name: (then, now)}; one that did not exist then had its default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
+    then, now = found.get("stamp", {}), stamp(cfg, stage)
+    pairs = {name: (then.get(name, default), now.get(name, default)) for name, default in defaults.items() if name in {*then, *now}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def other_code(cfg, stage, found):
+    """Has the code that made a result changed, or have the results that it was made from?  -> (the stage to do again, what has changed), or None
+
+    --keep wm uses the wm as it is, and so says nothing of it."""
+    version = platform.python_version().rpartition(".")[0]  # another Python writes syntax trees in another way
+    if stage not in cfg.keep.split(",") and "code" in found and found["python"] == version:
+        now, then = code(cfg, stage), found["code"]
+        changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+        if changed:
+            return stage, f"the code of {', '.join(changed[:6])}{' ...' * (len(changed) > 6)} has changed"
+        remade = [other for other, name in found["made_from"].items() if mark(found_origin(cfg, other)) != name]
+        if remade:
+            return stage, f"{' and '.join(remade)} has been made anew"
+    if stage not in cfg.keep.split(","):
+        for other in STAGES[stage][1]:
+            below = found_origin(cfg, other)
+            if below and (change := other_code(cfg, other, below)):
+                return change
+    return None
 
 
 def load(cfg, stage):
-    """The result of an earlier stage, if it was made with today's settings; anything else is an error that names the difference."""
-    path, want, found = output(cfg, stage), stamp(cfg, stage), stamp_of(cfg, stage)
+    """The result of an earlier stage, if it was made with today's settings and code; anything else is an error that names the difference."""
+    path, found = output(cfg, stage), found_origin(cfg, stage)
     if found is None:
         raise InputError(f"{path} is missing: run --stage {stage} first, or --stage all")
-    for name in want:
-        if found.get(name) != want[name]:
-            owner = next((s for s, (prefix, _, _) in STAGES.items() if name.startswith(prefix)), stage)
-            raise InputError(f"{path} was made with {name}={found.get(name)}, but the settings now say {name}={want[name]}: "
-                             f"run --stage {owner} again (or --stage all), or give --{name} {found.get(name)}")
+    for name, (then, now) in other_settings(cfg, stage, found).items():
+        owner = next((s for s, (prefix, _, _) in STAGES.items() if name.startswith(prefix)), stage)
+        raise InputError(f"{path} was made with {name}={then}, but the settings now say {name}={now}: "
+                         f"run --stage {owner} again (or --stage all), or give --{name} {then}")
+    if change := other_code(cfg, stage, found):
+        raise outdated(cfg, *change)
     if stage == "play":
         return Dataset(path, cfg.data)                      # somebody's recording may have moved since
     return Dataset(path) if stage == "demos" else load_file(path, cfg.device)
+
+
+def outdated(cfg, stage, change):
+    return InputError(f"{output(cfg, stage)} is not what today's code would make ({change}): run --stage {stage} again "
+                      f"(or --stage all), or use it as it is with --keep {stage}")
 
 
 def load_judges(cfg):
@@ -230,8 +288,8 @@ def partial_path(cfg, stage):
 def restore(cfg, stage, state):
     """Put what a killed run had saved back into state, as train() takes it.  -> the number of updates that it had done, 0 if there is nothing"""
     partial = partial_path(cfg, stage)
-    content = load_file(partial, cfg.device) if partial.exists() else dict(stamp=None)
-    if content["stamp"] != stamp(cfg, stage):
+    content = load_file(partial, cfg.device) if partial.exists() else {}
+    if content.get("origin") != origin(cfg, stage):
         return 0
     for name, thing in state.items():
         thing.load_state_dict(content["state"][name])
@@ -268,7 +326,7 @@ def train(cfg, stage, total, state, update, every=20):
         log(i + 1, metrics)
         progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
         if time.time() - saved > SAVE_EVERY and i + 1 < total:
-            save(partial, dict(stamp=stamp(cfg, stage), done=i + 1, state={n: t.state_dict() for n, t in state.items()}))
+            save(partial, dict(origin=origin(cfg, stage), done=i + 1, state={n: t.state_dict() for n, t in state.items()}))
             saved = time.time()
     return partial
 
@@ -334,12 +392,20 @@ def log_rows(path):
 
 def run_stage(cfg, stage, work):
     """Do a stage, work(cfg), unless its output is there for the same settings; what it reads is checked first."""
-    began, path = time.time(), output(cfg, stage)
-    if stamp_of(cfg, stage) == stamp(cfg, stage):
+    began, path, found = time.time(), output(cfg, stage), found_origin(cfg, stage)
+    settings = other_settings(cfg, stage, found) if found else {}
+    change = other_code(cfg, stage, found) if found and not settings else None
+    if change and change[0] != stage:
+        raise outdated(cfg, *change)
+    if found and not settings and not change:
         print(f"{stage}: {path} is there for the same settings, skipped")
         return
     for other in STAGES[stage][1]:
         load(cfg, other)
+    if change:
+        minutes = read_log(cfg, stage, "minutes")[1]
+        print(f"{stage}: {change[1]}; it is done again{f', which took {minutes[-1]:.1f} min last time' if minutes else ''} "
+              f"(--keep {stage} would use it as it is)")
     with alone(path, stage):
         remember(cfg)
         print(f"{stage}: writes {path}")
@@ -479,7 +545,7 @@ def announce_space(cfg, parts, frames):
 
 def pack_recorded(cfg, stage, folder, good):
     """Pack what record() returned; every episode but play's is a segment of its task."""
-    meta = dict(source="calvin_env" if cfg.sim == "calvin" else "built-in tabletop", stamp=stamp(cfg, stage), seed=cfg.seed,
+    meta = dict(source="calvin_env" if cfg.sim == "calvin" else "built-in tabletop", **origin(cfg, stage), seed=cfg.seed,
                 renderer=versions(cfg)["renderer"], versions=versions(cfg))
     segments = [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]]
     pack([path for kind in good for path, _ in good[kind]], folder, meta, segments or None)
@@ -519,6 +585,8 @@ def check_config(cfg):
     if given and cfg.task not in [*tasks_of(cfg), "all"]:
         raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: choose --task {', '.join(tasks_of(cfg))}, or all")
     known(cfg.task, [*tasks_of(cfg), "all"], "task")
+    for stage in filter(None, cfg.keep.split(",")):
+        known(stage, STAGES, "keep")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -623,7 +691,7 @@ def use_given_play(cfg, folder):
     with writing(folder):
         temporary.mkdir(parents=True)
         np.save(temporary / "ep_start_end_ids.npy", episodes)
-        meta = dict(given.meta, frames_in=str(given.path.absolute()), stamp=stamp(cfg, "play"))
+        meta = dict(given.meta, frames_in=str(given.path.absolute()), **origin(cfg, "play"))
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     judges, seen_before = [], []
     unseen = dict(zip(given.segments, held_out(given.segments, Dataset(temporary))))
@@ -665,7 +733,7 @@ def pack_segments(cfg, stage, folder, segments, **more):
     for i, (_, a, b) in enumerate(segments):
         save_part(parts / f"{i}.npz", {key: given[key][a:b + 1] for key in FIELDS})
     meta = {key: given.meta.get(key) for key in ("source", "renderer")}
-    meta = dict(meta, **more, stamp=stamp(cfg, stage), versions=versions(cfg))
+    meta = dict(meta, **more, **origin(cfg, stage), versions=versions(cfg))
     pack([parts / f"{i}.npz" for i in range(len(segments))], folder, meta, [(task, 0, b - a) for task, a, b in segments])
     shutil.rmtree(parts)
 
@@ -678,6 +746,7 @@ def command_line(argv, config, presets, stage_work, title):
         print("diwa: a script calls diwa.main() while it is being imported by a worker process: put that call under "
               "'if __name__ == \"__main__\":'", file=sys.stderr)
         sys.exit(2)
+    definitions()                                           # the code as it is now: an editor may change it during the run
     try:
         run(check_config(parse(argv, config, presets, title, f"tasks: {', '.join(calvin_sim.TASKS)}")), stage_work)
     except InputError as error:

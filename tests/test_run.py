@@ -269,7 +269,7 @@ def test_online_rival_runs(done):
     from support.evaluate import SimEnv
     cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
     agent = diwa.load_agent(cfg, "bc")
-    wm, actor = agent.wm, agent.actor
+    actor = agent.actor
     env = SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
     feature = env.reset()
     env.age[:] = env.horizon - 1

@@ -1,0 +1,83 @@
+"""fingerprint.py: which code made a result?
+
+A stage is a function; what it calls, and what that calls, is found by reading the source (ast), without running it.  Each function, class and
+constant on the way gets a checksum that comments, docstrings and layout do not change.  A class counts as a whole.  Only the method counts
+(METHOD below): a change of how results are stored or printed makes nothing anew.
+"""
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+METHOD = ("diwa", "calvin_sim", "data", "support.expert", "support.tabletop_model", "support.calvin_real", "support.evaluate")
+PASSED = ("support.runs", "support.report", "support.files")                 # read to find the way, but not counted
+
+
+@functools.lru_cache(maxsize=None)
+def definitions():
+    """All top-level functions, classes and constants of the project -> {(module, name): (checksum, set of (module, name) that it mentions)}"""
+    found = {}
+    for module in METHOD + PASSED:
+        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+        known, nodes = {}, {}                               # name here -> (module, name), or (module, None) for a whole module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    known[alias.asname or alias.name] = (whole, None) if whole in METHOD + PASSED else (node.module, alias.name)
+            elif isinstance(node, ast.Import):
+                known.update({alias.asname or alias.name: (alias.name, None) for alias in node.names})
+        for node in tree.body:
+            for name in names_of(node):
+                known[name] = module, name
+                nodes[name] = node
+        for name, node in nodes.items():
+            found[module, name] = checksum(node), mentions(node, known)
+    return found
+
+
+def names_of(node):
+    """The names that a top-level statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else []
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+
+
+def checksum(node):
+    """Of what a statement does: its syntax tree without docstrings; comments and layout are not in it."""
+    node = ast.parse(ast.unparse(node))                     # a copy
+    for part in ast.walk(node):
+        if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
+            part.body = part.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(node).encode()).hexdigest()[:10]
+
+
+def mentions(node, known):
+    """The (module, name) that a statement mentions, by name or as an attribute of an imported module."""
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name) and part.id in known and known[part.id][1] is not None:
+            found.add(known[part.id])
+        elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+            module, name = known.get(part.value.id, (None, ""))
+            if name is None:
+                found.add((module, part.attr))
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def code_of(stage):
+    """The code that the function stage_<stage> of diwa.py reaches -> {"module.name": checksum}"""
+    table, todo, reached = definitions(), [("diwa", f"stage_{stage}")], {}
+    seen = set(todo)
+    while todo:
+        module, name = key = todo.pop()
+        number, mentioned = table[key]
+        if module in METHOD:
+            reached[f"{module}.{name}"] = number
+        fresh = {other for other in mentioned if other in table} - seen
+        seen |= fresh
+        todo += fresh
+    return dict(sorted(reached.items()))

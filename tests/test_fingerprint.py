@@ -1,0 +1,115 @@
+"""Changed code is noticed: exactly the stages that depend on it are done again, and a comment changes nothing."""
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import diwa
+from support import runs
+
+ALL = set(runs.STAGES)
+LEARNT = {"wm", "bc", "reward", "finetune", "eval"}
+CHANGES = [  # file, line of it, what it becomes, stages whose own code that changes
+    ("diwa.py", "trace = delta + gamma * lam * trace", "trace = delta + lam * trace", {"finetune"}),
+    ("diwa.py", "angles = [position * 2 ** (k + 2)", "angles = [position * 2 ** (k + 1)", LEARNT),
+    ("diwa.py", "similarity = z @ z.T / tau", "similarity = z @ z.T * tau", {"reward"}),
+    ("calvin_sim.py", "self.command = 1.0 if action[6] >= 0 else -1.0", "self.command = 1.0 if action[6] > 0 else -1.0", {"play", "demos", "eval"}),
+    ("data.py", "POSE_SCALE = torch.tensor([0.1,", "POSE_SCALE = torch.tensor([0.2,", LEARNT),
+    ("support/expert.py", "self.pace = min(", "self.pace = max(", {"play", "demos"}),
+    ("support/evaluate.py", "if not solved[i] and", "if solved[i] and", {"eval"}),
+    ("diwa.py", "delta = reward[t] + gamma", "# what was not expected\n        delta = (reward[t]) + gamma", set()),
+    ("diwa.py", '"""Generalised advantage estimation', '"""Generalized advantage estimation', set()),
+    ("diwa.py", "wm_kl: float = 0.3 ", "wm_kl: float = 0.31", set()),
+    ("support/runs.py", "if now - self.shown <", "if now - self.shown <=", set()),
+    ("support/calvin_real.py", "self.pristine = self.env.p.saveState()", "self.pristine = None", set()),
+]
+
+def tree(folder):
+    """A copy of the program."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder
+
+
+def edit(folder, file, old, new):
+    text = (folder / file).read_text()
+    assert old in text, f"{file} has changed: this test looks for {old!r}"
+    (folder / file).write_text(text.replace(old, new))
+
+
+def test_exactly_the_stages_that_reach_a_line_see_it_change(tmp_path):
+    code = "import sys\n" + "import json\nfrom support import fingerprint, runs\nimport diwa\nfrom pathlib import Path\n" \
+           "cfg = diwa.Config(run='r')\nout = {}\nfor name in json.loads(sys.argv[1]):\n    fingerprint.ROOT = Path(name)\n" \
+           "    fingerprint.definitions.cache_clear()\n    fingerprint.code_of.cache_clear()\n" \
+           "    out[name] = {s: runs.code(cfg, s) for s in runs.STAGES}\nprint(json.dumps(out))\n"
+    folders = [tree(tmp_path / str(i)) for i in range(len(CHANGES) + 1)]
+    for folder, (file, old, new, _) in zip(folders, CHANGES):
+        edit(folder, file, old, new)
+    result = subprocess.run([sys.executable, "-c", code, json.dumps(list(map(str, folders)))], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    codes = json.loads(result.stdout)
+    plain = codes[str(folders[-1])]
+    assert all(len(names) > 20 for names in plain.values())
+    for folder, (file, old, _, stages) in zip(folders, CHANGES):
+        assert {s for s in ALL if codes[str(folder)][s] != plain[s]} == stages, (file, old)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A copy of the program with a finished run in it."""
+    folder = tree(tmp_path_factory.mktemp("program"))
+    assert call(folder, "--stage", "all").returncode == 0
+    return folder
+
+
+def call(folder, *flags):
+    few = ["--play_frames", "2000", "--play_replay", "1", "--demo_count", "2", "--wm_updates", "20", "--bc_updates", "20",
+           "--reward_updates", "20", "--ft_iterations", "2", "--eval_episodes", "2", "--eval_curve", "0"]
+    command = [sys.executable, str(folder / "diwa.py"), "--preset", "smoke", "--device", "cpu", "--task", "close_drawer", *few, *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def test_a_changed_line_is_done_again_and_a_comment_is_not(program):
+    skipped = call(program, "--stage", "all").stdout.count("skipped")
+    assert skipped == len(ALL)
+    edit(program, "diwa.py", "trace = delta + gamma * lam * trace", "trace = delta + 1.0 * gamma * lam * trace")
+    refused = call(program, "--stage", "eval")
+    assert refused.returncode == 2 and "diwa.gae" in refused.stderr and "--keep finetune" in refused.stderr
+    kept = call(program, "--stage", "all", "--keep", "finetune")
+    assert kept.returncode == 0 and kept.stdout.count("skipped") == len(ALL)
+    again = call(program, "--stage", "finetune")
+    assert again.returncode == 0 and "finetune: the code of diwa.gae has changed; it is done again" in again.stdout and "last time" in again.stdout
+    after = call(program, "--stage", "all")
+    assert after.returncode == 0 and after.stdout.count("skipped") == len(ALL) - 1 and "eval: finetune has been made anew" in after.stdout
+    edit(program, "diwa.py", "        trace = delta + 1.0 *", "        # as before\n        trace = delta + 1.0 *")
+    assert call(program, "--stage", "all").stdout.count("skipped") == len(ALL)
+
+
+def test_a_result_without_a_new_flag_or_without_code_still_loads(program):
+    """Of an earlier version: it lacks a setting, or knows nothing of its code."""
+    folder = program / "runs" / "smoke"
+    import torch
+    path = folder / "wm.pt"
+    content = torch.load(path, weights_only=True)
+    del content["stamp"]["wm_free"]
+    for key in ("code", "python", "made_from"):
+        del content[key]
+    torch.save(content, path)
+    cfg = runs.check_config(runs.parse(["--run", "smoke", "--runs", str(program / "runs"), "--device", "cpu", "--task", "close_drawer"],
+                                       diwa.Config, diwa.PRESETS, "", ""))
+    assert runs.load(cfg, "wm")["model"]
+    with pytest.raises(runs.InputError, match="wm_free=0.0.*wm_free=1.0"):
+        runs.load(dataclasses.replace(cfg, wm_free=1.0), "wm")
+
+
+def test_keep_names_stages(tmp_path, capsys):
+    assert diwa.main(["--preset", "smoke", "--runs", str(tmp_path), "--keep", "wn"]) == 2
+    assert "did you mean wm" in capsys.readouterr().err
