@@ -111,5 +111,5 @@ def test_a_result_without_a_new_flag_or_without_code_still_loads(program):
 
 
 def test_keep_names_stages(tmp_path, capsys):
-    assert diwa.main(["--preset", "smoke", "--runs", str(tmp_path), "--keep", "wn"]) == 2
-    assert "did you mean wm" in capsys.readouterr().err
+    assert diwa.main(["--preset", "smoke", "--runs", str(tmp_path), "--keep", "finetun"]) == 2
+    assert "did you mean finetune" in capsys.readouterr().err
