@@ -14,7 +14,7 @@ import calvin_sim
 from data import Recording
 from support import report
 from support.files import write_atomic
-from support.runs import (STAGES, in_processes, load, load_file, load_judges, make_sim, origin, output, read_log, seed_everything, sim_of,
+from support.runs import (STAGES, first_seed, in_processes, load, load_file, load_judges, make_sim, origin, output, read_log, seed_everything, sim_of,
                   versions)
 
 
@@ -113,8 +113,8 @@ def dream_evaluation(cfg, load_agent):
 
 def start_seeds(cfg):
     """Seeds of the start states that are reported, and of others, for the learning curve."""
-    base = 1_000_000 * (cfg.seed + 1) + 900_000 + 10_000 * list(calvin_sim.TASKS).index(cfg.task)
-    return base + np.arange(cfg.eval_episodes), base + 5000 + np.arange(cfg.eval_curve)
+    reported, others = (first_seed(cfg, purpose, cfg.task) for purpose in ("eval", "curve"))
+    return reported + np.arange(cfg.eval_episodes), others + np.arange(cfg.eval_curve)
 
 
 def rollout_path(cfg, name):

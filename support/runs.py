@@ -263,6 +263,12 @@ def save(path, content):
     write_atomic(path, write)
 
 
+def save_result(cfg, stage, **content):
+    """Write a stage's checkpoint, with its origin, and drop what was kept in case of a kill."""
+    save(output(cfg, stage), dict(origin(cfg, stage), **content))
+    partial_path(cfg, stage).unlink(missing_ok=True)
+
+
 def load_file(path, device="cpu"):
     """A checkpoint (tensors and plain containers only) or a JSON file."""
     try:
@@ -296,6 +302,13 @@ def restore(cfg, stage, state):
     return content["done"]
 
 
+def first_seed(cfg, purpose, task=None):
+    """The first of the simulator seeds for play, judges, demos, eval or curve: no two purposes, tasks or runs share one."""
+    places = {"play": (0, 0), "judges": (500_000, 1000), "demos": (700_000, 10_000), "eval": (900_000, 10_000), "curve": (905_000, 10_000)}
+    base, step = places[purpose]
+    return 1_000_000 * (cfg.seed + 1) + base + step * (list(calvin_sim.TASKS).index(task) if task else 0)
+
+
 def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
     """Linear warm-up, then half a cosine from peak to floor * peak."""
     rise, fall = min(1.0, (step + 1) / warmup), floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total))
@@ -304,7 +317,7 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 
 
 def train(cfg, stage, total, state, update, every=20):
-    """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.  -> path of the partial checkpoint, to be deleted
+    """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.
 
     state: {name: object with state_dict}, saved every SAVE_EVERY seconds and restored when the program was killed.  Update i draws its random numbers from
     (seed, stage, task, i), so a resumed run ends as if nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
@@ -328,7 +341,6 @@ def train(cfg, stage, total, state, update, every=20):
         if time.time() - saved > SAVE_EVERY and i + 1 < total:
             save(partial, dict(origin=origin(cfg, stage), done=i + 1, state={n: t.state_dict() for n, t in state.items()}))
             saved = time.time()
-    return partial
 
 
 class Snapshots(dict):

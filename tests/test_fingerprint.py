@@ -17,7 +17,7 @@ ALL = set(runs.STAGES)
 LEARNT = {"wm", "bc", "reward", "finetune", "eval"}
 CHANGES = [  # file, line of it, what it becomes, stages whose own code that changes
     ("diwa.py", "trace = delta + gamma * lam * trace", "trace = delta + lam * trace", {"finetune"}),
-    ("diwa.py", "angles = [position * 2 ** (k + 2)", "angles = [position * 2 ** (k + 1)", LEARNT),
+    ("diwa.py", "angle = position * 2 ** (k + 2)", "angle = position * 2 ** (k + 1)", LEARNT),
     ("diwa.py", "similarity = z @ z.T / tau", "similarity = z @ z.T * tau", {"reward"}),
     ("calvin_sim.py", "self.command = 1.0 if action[6] >= 0 else -1.0", "self.command = 1.0 if action[6] > 0 else -1.0", {"play", "demos", "eval"}),
     ("data.py", "POSE_SCALE = torch.tensor([0.1,", "POSE_SCALE = torch.tensor([0.2,", LEARNT),

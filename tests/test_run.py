@@ -81,7 +81,7 @@ def test_play_changes_sides_where_success_is_recognised(done, tmp_path, monkeypa
     def watched(cfg, stage, total, state, update, every):
         def one(i, rng):
             metrics = update(i, rng)
-            kinds.append(state["sides"].kind.clone())
+            kinds.append(state["pairs"].kind.clone())
             return metrics
         return rows(cfg, stage, total, state, one, every)
     monkeypatch.setattr(diwa, "train", watched)
