@@ -235,6 +235,22 @@ def table(rows):
     return lines
 
 
+def short_table(rows):
+    """The README's table: task, cloned and fine-tuned success with their intervals, and what the papers have."""
+    lines = ["| task | cloned | fine-tuned in the dream | DiWA | WAM |", "|---|---|---|---|---|"]
+    tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
+    for task in tasks:
+        group = [r for r in rows if r["task"] == task]
+        before, after = (np.concatenate([r[key] for r in group]) for key in ("before", "after"))
+        _, diwa, wam = PAPER[task]
+        lines.append(f"| {task} | {rate(before)} | {rate(after)} | {diwa} % | {wam} % |")
+    before, after = (np.mean([np.mean(r[key]) for r in rows]) for key in ("before", "after"))
+    pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
+    papers = np.mean([PAPER[task] for task in tasks], 0)
+    lines.append(f"| mean | {percent(before)} | **{percent(after)}**, difference {difference(*pairs)[0]} | {papers[1]:.1f} % | {papers[2]:.1f} % |")
+    return lines
+
+
 def write(folder, task, settings, versions, evaluation, judged, minutes):
     """runs/<name>/report.md.  evaluation: content of eval_<task>.json; judged: the world model's own tables; minutes: {stage: minutes}."""
     simulated = settings["sim"] != "none"
@@ -377,11 +393,13 @@ def dream_strip(truth, watched, dreamed, scores):
 
 
 def main(paths):
-    """Print the table of the given result rows -> the exit code."""
+    """Print the table of the given result rows; after --short the README's -> the exit code."""
     try:
-        if not paths:
+        short = paths[:1] == ["--short"]
+        if not paths[short:]:
             raise InputError("give the rows of some runs: python -m support.report runs/*/result_*.json")
-        print("\n".join(table([read_row(Path(p)) for p in paths])))
+        rows = [read_row(Path(p)) for p in paths[short:]]
+        print("\n".join(short_table(rows) if short else table(rows)))
     except (InputError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
