@@ -1404,10 +1404,9 @@ def stage_reward(cfg):
 def stage_finetune(cfg):
     """DiWA: PPO in the dream.  Reads recordings and checkpoints, steps no simulator."""
     seed_everything(cfg.seed, "finetune", cfg.task, "init")
-    agent = load_agent(cfg, "bc")
-    starts = dream_starts(cfg, agent.wm)
-    env = DreamEnv(cfg, agent.wm, agent.classifier, *starts, cfg.ft_dreams, cfg.ft_horizon)
-    finetune(cfg, env, agent.actor.train())
+    wm, actor, classifier = load_networks(cfg, "bc")
+    env = DreamEnv(cfg, wm, classifier, *dream_starts(cfg, wm), cfg.ft_dreams, cfg.ft_horizon)
+    finetune(cfg, env, actor.train())
 
 @torch.no_grad()
 def dream_starts(cfg, wm):
@@ -1460,8 +1459,8 @@ def finetune(cfg, env, actor):
     train(cfg, "finetune", cfg.ft_iterations, state, update, every=1)
     save_result(cfg, "finetune", actor=actor.state_dict(), snapshots=dict(snapshots))
 
-def load_agent(cfg, policy):
-    """The agent with a policy: "bc", "tuned" or the iteration of a snapshot."""
+def load_networks(cfg, policy):
+    """World model, actor and classifier; policy: "bc", "tuned" or the iteration of a snapshot."""
     wm = load_world_model(cfg)
     actor = build_actor(cfg, wm.feature_size)
     classifier = Classifier(cfg, wm.feature_size).to(cfg.device)
@@ -1473,7 +1472,10 @@ def load_agent(cfg, policy):
         actor.load_state_dict(tuned["actor"])
         if policy != "tuned":
             actor.net.load_state_dict(tuned["snapshots"][policy])
-    return Agent(cfg, wm, actor.eval(), classifier.eval())
+    return wm, actor.eval(), classifier.eval()
+
+def load_agent(cfg, policy):
+    return Agent(cfg, *load_networks(cfg, policy))
 
 def stage_eval(cfg):
     """Before and after from the same start states: only here does the tuned policy meet a simulator."""
