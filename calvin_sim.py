@@ -67,10 +67,14 @@ LIMITS = (0.28, 0.22, 0.02, 0.088)           # travel of slider, drawer, button,
 
 # ---- Tasks: CALVIN's predicates and start states, pure functions of the scene state ----------------------------------
 class Task(NamedTuple):
+    """Another task is another line of TASKS: "press the button while the drawer is open" would be
+    Task("led_while_open", LED, 0.5, "press the button while the drawer is open", holds=(DRAWER,), skill="turn_on_led")."""
     name: str
     index: int           # the scene_obs entry that the task changes
     change: float        # fulfilled when that entry has changed by more than this in this direction
     phrase: str
+    holds: tuple = ()    # entries that must be far (left, open, up, lit) at the start and when it is fulfilled
+    skill: str = ""      # the task whose expert it borrows; "" = it has its own in support/expert.py
 
 
 TASKS = {t.name: t for t in (
@@ -84,18 +88,28 @@ TASKS = {t.name: t for t in (
     Task("turn_off_led", LED, -0.5, "press the button to turn off the LED"))}
 
 
+FAR = {SLIDER: 0.15, DRAWER: 0.12, SWITCH: 0.044, BULB: 0.5, LED: 0.5}     # an entry is far beyond this: m, or 0/1
+
+
+def held(task_name, scene):
+    """scene [..., 24] -> bool [...]: is all that the task wants held where it wants it?"""
+    scene = np.asarray(scene)
+    conditions = [scene[..., entry] > FAR[entry] for entry in TASKS[task_name].holds]
+    return np.all(conditions, 0) if conditions else np.ones(scene.shape[:-1], bool)
+
+
 def success(task_name, scene_start, scene_now):
     """CALVIN's predicate: scene_start, scene_now [..., 24] -> bool [...]. Momentary; strict, as in CALVIN."""
     task = TASKS[task_name]
     moved = (np.asarray(scene_now)[..., task.index] - np.asarray(scene_start)[..., task.index]) * np.sign(task.change)
-    return moved > abs(task.change)
+    return (moved > abs(task.change)) & held(task_name, scene_now)
 
 
 def possible(task_name, scene):
     """scene [..., 24] -> bool [...]: is there room for the change that the task asks for?"""
     task = TASKS[task_name]
     goal = np.asarray(scene)[..., task.index] + task.change
-    return (0 < goal) & (goal < (*LIMITS, 1, 1)[task.index])
+    return (0 < goal) & (goal < (*LIMITS, 1, 1)[task.index]) & held(task_name, scene)
 
 
 def sample_start(task_name, rng):
@@ -103,6 +117,7 @@ def sample_start(task_name, rng):
     task, scene = TASKS[task_name], np.zeros(24, np.float32)
     far = rng.random(6) < 0.5                            # which fixtures are left / open / up / lit
     far[task.index] = task.change < 0
+    far[list(task.holds)] = True
     far[SWITCH] = far[BULB]
     for joint, (near, away) in {SLIDER: (0.06, 0.22), DRAWER: (0.03, 0.17), SWITCH: (0.02, 0.07)}.items():
         scene[joint] = rng.uniform(away, LIMITS[joint]) if far[joint] else rng.uniform(0, near)

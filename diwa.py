@@ -1431,7 +1431,10 @@ def dream_starts(cfg, wm):
     near = rows(demos, begin)
     if not cfg.ft_play:
         return near
-    every = rows(play, np.arange(0, len(play.ds), cfg.wm_stride))          # neighbours look alike
+    # Not the held-out episodes, on which the classifier is judged; of the others every wm_stride-th, as neighbours
+    # look alike
+    frames = np.concatenate([np.arange(a, b + 1, cfg.wm_stride) for a, b in play.ds.split()[0]])
+    every = rows(play, frames)
     x = F.pad(torch.cat([near[0], every[0]]), (0, 1), value=1.0).double()
     y = torch.arange(len(x), device=x.device) < len(begin)
     weight = torch.where(y, len(every[0]) / len(begin), 1.0).double()[:, None]   # both sides count the same

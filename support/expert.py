@@ -83,7 +83,7 @@ class Expert:
     """
 
     def __init__(self, task_name, rng, error=0.0, haste=1.0, touch=1.0):
-        self.skill = SKILLS[task_name][0 if rng.random() < 0.65 else -1]
+        self.skill = SKILLS[TASKS[task_name].skill or task_name][0 if rng.random() < 0.65 else -1]
         beyond = np.sign(TASKS[task_name].change) * np.array(HANDLES[self.skill.joint][1]) * (self.skill.joint != BUTTON)
         direction = rng.normal(1.2 * beyond, (1.0, 0.8, 0.6))      # a button has no beyond: it is missed on all sides
         self.error, self.rng, self.haste, self.touch = error * direction / np.linalg.norm(direction), rng, haste, touch

@@ -343,3 +343,19 @@ def test_wrong_data_is_one_sentence(recording, tmp_path, capsys, flags, words):
     assert diwa.main([*TINY, "--runs", str(tmp_path), *flags]) == 2
     error = capsys.readouterr().err
     assert words in error and error.strip().count("\n") == 0
+
+
+def test_dreams_start_in_no_held_out_frame(done, monkeypatch):
+    """The trust table calls held-out play unseen: fine-tuning may not begin its dreams there."""
+    import numpy as np
+    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    used, batch = [], diwa.Recording.batch
+    def watched(recording, frames):
+        used.append((recording.ds.path.name, np.asarray(frames).ravel()))
+        return batch(recording, frames)
+    monkeypatch.setattr(diwa.Recording, "batch", watched)
+    embedding, _, _ = diwa.dream_starts(cfg, diwa.load_world_model(cfg))
+    frames = np.concatenate([f for name, f in used if name == "play"])
+    train, held_out = runs.load(cfg, "play").split()
+    assert all(any(a <= f <= b for a, b in train) for f in frames) and not any(a <= f <= b for f in frames for a, b in held_out)
+    assert len(embedding) > 100 and len(frames) > 500

@@ -226,3 +226,16 @@ def test_expert_solves_and_stillness_does_not(sim, task):
     for _ in range(30):
         obs = sim.step(STILL)
     assert not any(cs.success(name, scene, obs["scene_obs"]) for name in cs.TASKS)
+
+
+def test_a_task_may_ask_for_more_than_one_thing(monkeypatch):
+    """The LED is switched on while the drawer is open: not when it is shut, and the start already has it open."""
+    monkeypatch.setitem(cs.TASKS, "led_while_open", cs.Task("led_while_open", cs.LED, 0.5, "press", holds=(cs.DRAWER,), skill="turn_on_led"))
+    for seed in range(20):
+        robot, scene = cs.sample_start("led_while_open", np.random.default_rng(seed))
+        assert scene[cs.DRAWER] >= 0.17 and scene[cs.LED] == 0 and cs.possible("led_while_open", scene)
+        lit, shut = scene.copy(), scene.copy()
+        lit[cs.LED] = shut[cs.LED] = 1
+        shut[cs.DRAWER] = 0.05
+        assert cs.success("led_while_open", scene, lit) and not cs.success("led_while_open", scene, shut)
+        assert cs.success("led_while_open", scene, np.stack([lit, shut])).tolist() == [True, False]
