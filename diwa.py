@@ -88,6 +88,7 @@ class Config:
     runs: str = "runs"              # where run folders are kept
     device: str = "auto"            # cpu, cuda or auto
     workers: int = 2                # simulator processes
+    policy: str = ""                # with --stage eval: bc, tuned or a snapshot, tried alone
     keep: str = ""                  # stages (comma-separated) to use although their code has changed
     sim: str = "tabletop"           # tabletop, calvin (needs --calvin_root) or none (needs --data)
     calvin_root: str = "calvin_env"  # folder of the cloned calvin_env
@@ -1431,8 +1432,8 @@ def dream_starts(cfg, wm):
     near = rows(demos, begin)
     if not cfg.ft_play:
         return near
-    # Not the held-out episodes, on which the classifier is judged; of the others every wm_stride-th, as neighbours
-    # look alike
+    # Not the held-out episodes, on which the classifier is judged; of the others every wm_stride-th frame, as
+    # neighbours look alike
     frames = np.concatenate([np.arange(a, b + 1, cfg.wm_stride) for a, b in play.ds.split()[0]])
     every = rows(play, frames)
     x = F.pad(torch.cat([near[0], every[0]]), (0, 1), value=1.0).double()
@@ -1473,6 +1474,9 @@ def load_networks(cfg, policy):
     else:
         tuned = load(cfg, "finetune")
         actor.load_state_dict(tuned["actor"])
+        if policy not in ("tuned", *tuned["snapshots"]):
+            names = ", ".join(tuned["snapshots"])
+            raise InputError(f"there is no snapshot {policy}: give {names}, tuned or bc")
         if policy != "tuned":
             actor.net.load_state_dict(tuned["snapshots"][policy])
     return wm, actor.eval(), classifier.eval()
@@ -1482,7 +1486,9 @@ def load_agent(cfg, policy):
 
 def stage_eval(cfg):
     """Before and after from the same start states: only here does the tuned policy meet a simulator."""
-    evaluate.before_and_after(cfg, load_agent)
+    if cfg.policy:
+        return evaluate.one_policy(cfg, load_agent)
+    return evaluate.before_and_after(cfg, load_agent)
 
 def stage_report(cfg):
     """Tables and pictures from what the other stages left behind."""

@@ -148,6 +148,16 @@ def before_and_after(cfg, load_agent):
     partial.unlink(missing_ok=True)
 
 
+def one_policy(cfg, load_agent):
+    """--policy: one policy from the reported start states, in a file of its own; what the report shows stays as it is."""
+    reported, _ = start_seeds(cfg)
+    episodes = evaluate(cfg, load_agent, [cfg.policy], reported)[cfg.policy]
+    path = output(cfg, "eval").with_name(f"eval_{cfg.task}_{cfg.policy}.json")
+    write_atomic(path, lambda p: p.write_text(json.dumps(dict(origin(cfg, "eval"), results={cfg.policy: episodes}))))
+    print(f"{cfg.policy}: {report.rate([e['success'] for e in episodes])} of {len(episodes)} start states in the simulator, "
+          f"{report.rate([e['dreamed_success'] for e in episodes])} in the dream; {path}")
+
+
 def record_rollouts(cfg, load_agent, results):
     """The gifs before and after: two episodes run again with a camera, failures that became successes where there are some."""
     seeds, _ = start_seeds(cfg)

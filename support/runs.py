@@ -106,7 +106,7 @@ def saved_settings(path, fields):
         fits = isinstance(value, types[name]) or types[name] is float and isinstance(value, int)
         if not fits or isinstance(value, bool):
             raise InputError(f"{path} says {name} = {json.dumps(value)}, which is no {types[name].__name__}: correct that line")
-    return {k: types[k](v) for k, v in settings.items() if k not in ("stage", "task", "run", "runs", "device", "workers", "keep")}
+    return {k: types[k](v) for k, v in settings.items() if k not in ("stage", "task", "run", "runs", "device", "workers", "keep", "policy")}
 
 
 def known(value, allowed, name):
@@ -597,6 +597,10 @@ def check_config(cfg):
     if given and cfg.task not in [*tasks_of(cfg), "all"]:
         raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: choose --task {', '.join(tasks_of(cfg))}, or all")
     known(cfg.task, [*tasks_of(cfg), "all"], "task")
+    if cfg.policy and (cfg.stage != "eval" or cfg.sim == "none"):
+        raise InputError(f"--policy {cfg.policy} is for --stage eval in a simulator: give --stage eval --policy {cfg.policy}")
+    if cfg.policy and cfg.policy not in ("bc", "tuned") and not cfg.policy.isdecimal():
+        raise InputError(f"--policy {cfg.policy} is unknown: give bc, tuned or the iteration of a snapshot")
     for stage in filter(None, cfg.keep.split(",")):
         known(stage, STAGES, "keep")
     if cfg.device == "auto":
@@ -789,7 +793,7 @@ def run(cfg, stage_work):
     for task in tasks:
         cfg = dataclasses.replace(cfg, task=task)
         for stage in stages:
-            if stage in STAGES:
+            if stage in STAGES and not cfg.policy:
                 run_stage(cfg, stage, stage_work[stage])
             else:
                 stage_work[stage](cfg)

@@ -359,3 +359,22 @@ def test_dreams_start_in_no_held_out_frame(done, monkeypatch):
     train, held_out = runs.load(cfg, "play").split()
     assert all(any(a <= f <= b for a, b in train) for f in frames) and not any(a <= f <= b for f in frames for a, b in held_out)
     assert len(embedding) > 100 and len(frames) > 500
+
+
+def test_one_policy_alone(done, tmp_path, capsys):
+    """--policy evaluates one policy from the reported starts and leaves the reported result alone."""
+    folder = copy_run(done, tmp_path)
+    before = (folder / "smoke" / "eval_close_drawer.json").read_bytes()
+    config = json.loads((folder / "smoke" / "config.json").read_text())["settings"]
+    for policy in ("bc", "3"):
+        assert fast(folder, "--stage", "eval", "--policy", policy) == 0
+        rows = json.loads((folder / "smoke" / f"eval_close_drawer_{policy}.json").read_text())["results"][policy]
+        reported = json.loads(before)["results"]["bc" if policy == "bc" else "tuned"]
+        assert [r["success"] for r in rows] == [r["success"] for r in reported] and len(rows) == 8
+    assert (folder / "smoke" / "eval_close_drawer.json").read_bytes() == before and "in the dream" in capsys.readouterr().out
+    assert json.loads((folder / "smoke" / "config.json").read_text())["settings"]["policy"] in ("", "3") and not config["policy"]
+    for flags, words in ((["--policy", "bc"], "--stage eval"), (["--stage", "eval", "--policy", "best"], "bc, tuned"),
+                         (["--stage", "eval", "--policy", "7"], "no snapshot 7")):
+        assert fast(folder, *flags) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.strip().splitlines()) == 1
