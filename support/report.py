@@ -1,6 +1,9 @@
-"""report.py: what came out.  Judging a world model on recordings, intervals, pictures, report.md, and the README's tables:
+"""report.py: what came out.  Judging a world model on recordings, intervals, pictures, report.md, and the
+README's tables:
 
-    python -m support.report docs/results/*.json         # prints the results table from the rows that runs left behind (result_<task>.json)
+    python -m support.report docs/results/*.json
+
+prints the results table from the rows that runs left behind (result_<task>.json).
 
 Nothing here trains or acts; diwa.py hands over plain arrays and reads nothing back but numbers.
 """
@@ -17,40 +20,63 @@ from calvin_sim import TASKS, possible
 from data import window_starts
 from support.files import InputError, write_atomic
 
-PROBED = {"slider": 0, "drawer": 1, "lever": 3, "bulb": 4, "led": 5}              # name: index in scene_obs
-MOVED = {"slider": 0.02, "drawer": 0.02, "lever": 0.01, "bulb": 0.5, "led": 0.5, "tcp": 2.0}   # counts as having moved; m, m, m, 0/1, 0/1, cm
-EVENT = {"slider": 0.15, "drawer": 0.12, "lever": 0.044, "bulb": 1.0, "led": 1.0}               # what a task asks for, m and 0/1; of the lever: half its travel
+PROBED = {"slider": 0, "drawer": 1, "lever": 3, "bulb": 4, "led": 5}           # name: index in scene_obs
+# counts as having moved; m, m, m, 0/1, 0/1, cm
+MOVED = {"slider": 0.02, "drawer": 0.02, "lever": 0.01, "bulb": 0.5, "led": 0.5, "tcp": 2.0}
+# what a task asks for, m and 0/1; of the lever: half its travel
+EVENT = {"slider": 0.15, "drawer": 0.12, "lever": 0.044, "bulb": 1.0, "led": 1.0}
 PAPER = {  # arXiv 2508.03645, table 1 (BC, DiWA), and arXiv 2603.28955 (WAM): success in %
-    "open_drawer": (57.8, 74.4, 96.7), "close_drawer": (59.1, 92.0, 96.6), "move_slider_left": (62.2, 83.3, 87.5), "move_slider_right": (62.6, 82.8, 89.7),
-    "turn_on_lightbulb": (60.6, 91.9, 100.0), "turn_off_lightbulb": (35.6, 77.0, 75.9), "turn_on_led": (48.4, 86.2, 96.6), "turn_off_led": (55.3, 82.3, 100.0)}
+    "open_drawer": (57.8, 74.4, 96.7),
+    "close_drawer": (59.1, 92.0, 96.6),
+    "move_slider_left": (62.2, 83.3, 87.5),
+    "move_slider_right": (62.6, 82.8, 89.7),
+    "turn_on_lightbulb": (60.6, 91.9, 100.0),
+    "turn_off_lightbulb": (35.6, 77.0, 75.9),
+    "turn_on_led": (48.4, 86.2, 96.6),
+    "turn_off_led": (55.3, 82.3, 100.0),
+}
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------------
+# --- statistics ---------------------------------------------------------------------------------------------
 
 def wilson(successes, n, z=1.96):
     """95 % interval of a proportion (Wilson 1927), which also works at 0 and 1."""
-    p, d = successes / n, 1 + z * z / n
+    p = successes / n
+    d = 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     return (p + z * z / (2 * n)) / d - half, (p + z * z / (2 * n)) / d + half
 
 
 def paired(before, after):
-    """Two policies on the same starts -> gained, lost, the difference with its 95 % interval, and the exact McNemar p.
+    """Two policies on the same starts -> gained, lost, the difference with its 95 % interval, and the exact
+    McNemar p.
 
-    The interval is Agresti and Min's (2005): half a pair is added to each of the four cells, so that it also works at the ends."""
-    before, after = np.asarray(before, bool), np.asarray(after, bool)
-    n, gained, lost = len(before), int((after & ~before).sum()), int((before & ~after).sum())
-    g, l, m = gained + 0.5, lost + 0.5, n + 2
+    The interval is Agresti and Min's (2005): half a pair is added to each of the four cells, so that it also
+    works at the ends."""
+    before = np.asarray(before, bool)
+    after = np.asarray(after, bool)
+    n = len(before)
+    gained = int((after & ~before).sum())
+    lost = int((before & ~after).sum())
+    g = gained + 0.5
+    l = lost + 0.5
+    m = n + 2
     half = 1.96 * math.sqrt((g + l) - (g - l) ** 2 / m) / m
-    p = min(1.0, 2 * sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (gained + lost))
-    return dict(gained=gained, lost=lost, difference=(gained - lost) / n, low=(g - l) / m - half, high=(g - l) / m + half, p=p)
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    p = min(1.0, 2 * tail / 2 ** (gained + lost))
+    low = (g - l) / m - half
+    high = (g - l) / m + half
+    return dict(gained=gained, lost=lost, difference=(gained - lost) / n, low=low, high=high, p=p)
 
 
-# --- judging a world model ------------------------------------------------------------------------------------------------
+# --- judging a world model ----------------------------------------------------------------------------------
 
 def fit_probe(feature, target):
-    """Ridge regression in closed form, feature [N, F], target [N, D] -> weights [F + 1, D].  It reads a state out of a feature, if it is there."""
-    x, y = F.pad(feature, (0, 1), value=1.0).double(), target.double()
+    """Ridge regression in closed form, feature [N, F], target [N, D] -> weights [F + 1, D].
+
+    It reads a state out of a feature, if it is there."""
+    x = F.pad(feature, (0, 1), value=1.0).double()
+    y = target.double()
     ridge = 1e-4 * len(x) * x.square().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     return torch.linalg.solve(x.T @ x + ridge, x.T @ y).float()
 
@@ -60,22 +86,27 @@ def read_probe(weights, feature):
 
 
 def probe_targets(recording, frames):
-    """What a probe should read from the features of these frames: the fixtures, and the TCP position in cm: [..., 8]"""
-    tcp, device = 100 * recording.ds["robot_obs"][frames.ravel()][:, :3].reshape(*frames.shape, 3), recording.cfg.device
-    return torch.from_numpy(np.concatenate([recording.scene[frames][..., list(PROBED.values())], tcp], -1)).to(device)
+    """What a probe should read from the features of these frames: [..., 8]
+
+    The fixtures, and the TCP position in cm."""
+    tcp = 100 * recording.ds["robot_obs"][frames.ravel()][:, :3].reshape(*frames.shape, 3)
+    fixtures = recording.scene[frames][..., list(PROBED.values())]
+    return torch.from_numpy(np.concatenate([fixtures, tcp], -1)).to(recording.cfg.device)
 
 
 def judge_world_model(recording, judges, views, length, rng):
-    """Held-out open-loop errors and the replay share, read by a linear probe that was fitted on training play only.
+    """Held-out open-loop errors and the replay share, read by a linear probe fitted on training play only.
 
-    recording: the play; judges: demonstrations of all tasks that nothing is trained on, or None; views(recording, starts, length, last) -> posterior
-    and dreamed features, frames.  Without scene state only the arm can be judged.  -> tables for the report"""
+    recording: the play; judges: demonstrations of all tasks that nothing is trained on, or None;
+    views(recording, starts, length, last) -> posterior and dreamed features, frames.
+    Without scene state only the arm can be judged.  -> tables for the report"""
     train_episodes, test_episodes = recording.ds.split()
     seen, dreamed, frames = views(recording, rng.choice(window_starts(train_episodes, length), 300), length)
     target = probe_targets(recording, frames)
     probe = fit_probe(torch.cat([seen, dreamed]).flatten(0, 1), torch.cat([target, target]).flatten(0, 1))
     _, dreamed, frames = views(recording, rng.choice(window_starts(test_episodes, length), 400), length)
-    errors = open_loop_errors(read_probe(probe, dreamed), probe_targets(recording, frames), recording.cfg.wm_stride)
+    truth = probe_targets(recording, frames)
+    errors = open_loop_errors(read_probe(probe, dreamed), truth, recording.cfg.wm_stride)
     if not recording.ds.has_scene:
         errors = [row for row in errors if row["what"] == "tcp"]
     tables = dict(open_loop=errors, replay_share={}, replay_share_watched={})
@@ -91,11 +122,16 @@ def judge_world_model(recording, judges, views, length, rng):
 
 
 def open_loop_errors(guess, truth, stride=1):
-    """Error of a dream after 10, 40 and 72 control steps beside that of the guess that nothing moves; also for the windows in which the thing moves.
+    """Error of a dream after 10, 40 and 72 control steps beside that of the guess that nothing moves.
 
-    Means hide missed events, so two shares stand beside them: of the changes as large as a task asks for, those of which the dream makes more than
-    60 %; and, where nothing changes, dreams that make such a change.  guess, truth [W, T, 8], frames `stride` control steps apart:
-    the fixtures of PROBED and the TCP in cm.  -> list of rows"""
+    Also for the windows in which the thing moves.  Means hide missed events, so two shares stand beside them:
+    of the changes as large as a task asks for, those of which the dream makes more than 60 %; and, where
+    nothing changes, dreams that make such a change.
+    guess, truth [W, T, 8], frames `stride` control steps apart: the fixtures of PROBED and the TCP in cm.
+    -> list of rows"""
+    def mean(x):
+        return x.mean().item() if len(x) else float("nan")
+
     rows = []
     for step in (10, 40, 72):
         step = min(step // stride, truth.shape[1] - 1)
@@ -104,28 +140,44 @@ def open_loop_errors(guess, truth, stride=1):
             error = (guess[:, step, s] - truth[:, step, s]).norm(dim=-1)
             still = (truth[:, 0, s] - truth[:, step, s]).norm(dim=-1)
             moved = still > MOVED[what]
-            mean = lambda x: x.mean().item() if len(x) else float("nan")
-            row = dict(step=step * stride, what=what, error=mean(error), still=mean(still), windows=int(moved.sum()), error_moving=mean(error[moved]), still_moving=mean(still[moved]))
+            row = dict(
+                step=step * stride,
+                what=what,
+                error=mean(error),
+                still=mean(still),
+                windows=int(moved.sum()),
+                error_moving=mean(error[moved]),
+                still_moving=mean(still[moved]),
+            )
             if what != "tcp":
                 change, dreamed = (x[:, step, d] - x[:, 0, d] for x in (truth, guess))
                 event = still >= 0.99 * EVENT[what]
-                row.update(events=int(event.sum()), hits=mean((dreamed / change > 0.6)[event].float()), false=mean((dreamed.abs() > 0.6 * EVENT[what])[~moved].float()))
+                hit = (dreamed / change > 0.6)[event]
+                false = (dreamed.abs() > 0.6 * EVENT[what])[~moved]
+                row.update(events=int(event.sum()), hits=mean(hit.float()), false=mean(false.float()))
             rows.append(row)
     return rows
 
 
 def share_of_change(guess, truth):
-    """Share of sequences [W, T] in which the guess makes more than 60 % of the true change from first to last frame."""
-    return ((guess[:, -1] - guess[:, 0]) / (truth[:, -1] - truth[:, 0]) > 0.6).float().mean().item()
+    """Share of sequences [W, T] in which the guess makes more than 60 % of the true change.
+
+    The change is that from first to last frame."""
+    guessed = guess[:, -1] - guess[:, 0]
+    true = truth[:, -1] - truth[:, 0]
+    return (guessed / true > 0.6).float().mean().item()
 
 
 def trust(task, verdict, play, judges, views, length, rng):
-    """Can the dream tell success from failure?  Recorded attempts that nothing was trained on are dreamed again, action by action, from their first frame.
+    """Can the dream tell success from failure?  Recorded attempts that nothing was trained on are dreamed
+    again, action by action, from their first frame.
 
-    Held-out demonstrations that succeed within `length` frames (judges, or None); and, where a rule can tell, as long stretches of held-out play from
-    where the task can be done: most of it does something else, some of it fails nearly, and what succeeds does so in passing.
+    Held-out demonstrations that succeed within `length` frames (judges, or None); and, where a rule can tell,
+    as long stretches of held-out play from where the task can be done: most of it does something else, some
+    of it fails nearly, and what succeeds does so in passing.
     verdict(features [W, T, F]) -> [W] bool, the classifier's.
-    -> for both [[successes judged successes, judged failures], [failures judged successes, judged failures]]"""
+    -> for both [[successes judged successes, judged failures],
+                 [failures judged successes, judged failures]]"""
     windows = []
     if play.has_rule(task):
         starts = window_starts(play.ds.split()[1], length)
@@ -139,24 +191,29 @@ def trust(task, verdict, play, judges, views, length, rng):
         if len(begin):
             _, dreamed, frames = views(recording, begin, length, end)
             truth = recording.success(task, frames[:, :1], frames).any(1)
-            counts = truth | (name == "play")               # a slower demonstration is cut before it succeeds: it is no failure
+            # a slower demonstration is cut before it succeeds: it is no failure
+            counts = truth | (name == "play")
             np.add.at(tables[name], (1 - truth[counts], 1 - verdict(dreamed)[counts]), 1)
     return {name: table.tolist() for name, table in tables.items()}
 
 
 def trusted(tables):
-    """What trust() counted -> "15 of 16 in demonstrations, 30 of 57 in play", "3 of 143": recorded successes recognised, failures believed."""
+    """What trust() counted -> "15 of 16 in demonstrations, 30 of 57 in play", "3 of 143".
+
+    Recorded successes recognised, failures believed."""
     (_, _), (fooled, right) = np.sum(list(tables.values()), 0)
-    return ", ".join(f"{hit} of {hit + missed} in {name}" for name, ((hit, missed), _) in tables.items()), f"{fooled} of {fooled + right}"
+    recognised = [f"{hit} of {hit + missed} in {name}" for name, ((hit, missed), _) in tables.items()]
+    return ", ".join(recognised), f"{fooled} of {fooled + right}"
 
 
 def precision_recall(verdict, truth):
-    verdict, truth = np.asarray(verdict, bool), np.asarray(truth, bool)
+    verdict = np.asarray(verdict, bool)
+    truth = np.asarray(truth, bool)
     hit = (verdict & truth).sum()
     return hit / max(verdict.sum(), 1), hit / max(truth.sum(), 1)
 
 
-# --- the written report ---------------------------------------------------------------------------------------------------
+# --- the written report -------------------------------------------------------------------------------------
 
 def percent(x):
     return f"{100 * x:.0f} %" if x == x else "-"
@@ -175,27 +232,45 @@ def difference(before, after):
 def success_rows(before, after, dream_before, dream):
     """Lines of the table's own part: success before and after, difference, intervals."""
     text, d = difference(before, after)
-    return [f"| before: behaviour cloning | {rate(before)} |", f"| after: fine-tuned in the dream only | {rate(after)} |",
-            f"| difference, paired | {text} points, gained {d['gained']}, lost {d['lost']}, McNemar p = {d['p']:.2g} |",
-            f"| what the dream believes of the two | {percent(dream_before)} and {percent(dream)} (the latter differs from the simulator by {abs(100 * (dream - np.mean(after))):.0f} points) |"]
+    gap = abs(100 * (dream - np.mean(after)))
+    return [
+        f"| before: behaviour cloning | {rate(before)} |",
+        f"| after: fine-tuned in the dream only | {rate(after)} |",
+        f"| difference, paired | {text} points, gained {d['gained']}, lost {d['lost']}, "
+        f"McNemar p = {d['p']:.2g} |",
+        f"| what the dream believes of the two | {percent(dream_before)} and {percent(dream)} "
+        f"(the latter differs from the simulator by {gap:.0f} points) |",
+    ]
 
 
 def opinion(rows):
-    """What the dream predicts for the cloned policy (older rows do not know it) and for the tuned one, mean over the rows."""
-    return ", ".join(percent(np.mean([r[key] for r in rows])) for key in ("dream_before", "dream") if all(key in r for r in rows))
+    """What the dream predicts for the cloned policy and for the tuned one, mean over the rows.
+
+    Older rows do not know the former."""
+    known = [key for key in ("dream_before", "dream") if all(key in r for r in rows)]
+    return ", ".join(percent(np.mean([r[key] for r in rows])) for key in known)
 
 
 def pooled_trust(rows):
     names = [name for name in rows[0].get("trust", {}) if all(name in r.get("trust", {}) for r in rows)]
-    return "{}; {}".format(*trusted({name: np.sum([r["trust"][name] for r in rows], 0) for name in names})) if names else "-"
+    if not names:
+        return "-"
+    recognised, believed = trusted({name: np.sum([r["trust"][name] for r in rows], 0) for name in names})
+    return f"{recognised}; {believed}"
 
 
 def removed(before, after, draws=2000):
-    """Share of the failures that are gone, with a 95 % interval: episodes, in pairs, are drawn anew (percentile bootstrap)."""
-    failures = 1 - np.stack([before, after]).astype(float)                                            # [2, N]
-    drawn = failures[:, np.random.default_rng(0).integers(0, len(before), (draws, len(before)))].sum(-1)   # [2, draws]
-    share = lambda f: 1 - f[1] / np.maximum(f[0], 1)
-    return f"{percent(share(failures.sum(-1)))} " + "[{:.0f}, {:.0f}]".format(*np.percentile(100 * share(drawn), (2.5, 97.5)))
+    """Share of the failures that are gone, with a 95 % interval.
+
+    Episodes, in pairs, are drawn anew (percentile bootstrap)."""
+    def share(f):
+        return 1 - f[1] / np.maximum(f[0], 1)
+
+    failures = 1 - np.stack([before, after]).astype(float)                                    # [2, N]
+    draw = np.random.default_rng(0).integers(0, len(before), (draws, len(before)))
+    drawn = failures[:, draw].sum(-1)                                                         # [2, draws]
+    low, high = np.percentile(100 * share(drawn), (2.5, 97.5))
+    return f"{percent(share(failures.sum(-1)))} [{low:.0f}, {high:.0f}]"
 
 
 def published(task):
@@ -210,29 +285,75 @@ def mean_share(shares):
 
 
 def table(rows):
-    """The README's results table from result rows, one line a task, its seeds pooled and each one's success in brackets; of several rows also what they say together."""
-    lines = ["| task | seeds | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two | replay share | recorded successes recognised; failures believed | reward: precision, recall "
-             "| DiWA paper: BC, DiWA; WAM | min |", "|" + "---|" * 12]
+    """The README's results table from result rows, one line a task.
+
+    Its seeds are pooled, each one's success in brackets; of several rows also what they say together."""
+    lines = [
+        "| task | seeds | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two "
+        "| replay share | recorded successes recognised; failures believed | reward: precision, recall "
+        "| DiWA paper: BC, DiWA; WAM | min |",
+        "|" + "---|" * 12,
+    ]
     tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
     tasks += sorted({r["task"] for r in rows} - set(tasks))  # that the papers do not know
     rows = sorted(rows, key=lambda r: (tasks.index(r["task"]), r["seed"]))
     for task in tasks:
-        group = [r for r in rows if r["task"] == task]
-        pooled = {key: np.concatenate([r[key] for r in group]) for key in ("before", "after")}
-        each = {key: " (" + ", ".join(f"{100 * np.mean(r[key]):.0f}" for r in group) + ")" if len(group) > 1 else "" for key in pooled}
-        lines.append(f"| {task} | {', '.join(str(r['seed']) for r in group)} | {len(pooled['before'])} | {rate(pooled['before'])}{each['before']} | {rate(pooled['after'])}{each['after']} | {difference(**pooled)[0]} | {opinion(group)} | "
-                     f"{mean_share([r['replay_share'].get(task) for r in group])} | {pooled_trust(group)} | "
-                     + ("{:.2f}, {:.2f}".format(*np.mean([r["classifier"] for r in group], 0)) if "classifier" in group[0] else "-")
-                     + f" | {published(task)} | {np.mean([sum(r['minutes'].values()) for r in group]):.0f} |")
+        lines.append(task_line(task, [r for r in rows if r["task"] == task]))
     if len(rows) > 1:
-        before, after, dream = (np.array([np.mean(r[key]) for r in rows]) for key in ("before", "after", "dream"))
-        pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
-        share = mean_share([share for r in rows for share in r["replay_share"].values()])
-        prices = [max(r["curve"].values()) - list(r["curve"].values())[-1] for r in rows if r["curve"]]
-        lines += [f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} | {difference(*pairs)[0]} | {opinion(rows)} | {share} (all eight) | {pooled_trust(rows)} | | | |", "",
-                  f"Fine-tuning removed {removed(*pairs)} of what cloning fails (paper: DiWA 64 %, WAM about 80 %); dream and simulator differ by {100 * np.abs(dream - after).mean():.0f} points on average"
-                  + (f"; the best checkpoint in hindsight would be {100 * np.mean(prices):.0f} points better than the last one, on the learning curve's starts." if prices else ".")]
+        lines += together(rows)
     return lines
+
+
+def task_line(task, group):
+    """The table's line of one task: `group`, its rows, one a seed."""
+    before, after = (np.concatenate([r[key] for r in group]) for key in ("before", "after"))
+    cloned = rate(before)
+    tuned = rate(after)
+    if len(group) > 1:
+        cloned += seeds_own(group, "before")
+        tuned += seeds_own(group, "after")
+    classifier = "-"
+    if "classifier" in group[0]:
+        classifier = "{:.2f}, {:.2f}".format(*np.mean([r["classifier"] for r in group], 0))
+    cells = [
+        task,
+        ", ".join(str(r["seed"]) for r in group),
+        str(len(before)),
+        cloned,
+        tuned,
+        difference(before, after)[0],
+        opinion(group),
+        mean_share([r["replay_share"].get(task) for r in group]),
+        pooled_trust(group),
+        classifier,
+        published(task),
+        f"{np.mean([sum(r['minutes'].values()) for r in group]):.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def seeds_own(group, key):
+    """Each seed's own success, in brackets."""
+    return " (" + ", ".join(f"{100 * np.mean(r[key]):.0f}" for r in group) + ")"
+
+
+def together(rows):
+    """The table's last line, and a sentence below it: what several rows say together."""
+    before, after, dream = (np.array([np.mean(r[k]) for r in rows]) for k in ("before", "after", "dream"))
+    pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
+    share = mean_share([share for r in rows for share in r["replay_share"].values()])
+    gap = 100 * np.abs(dream - after).mean()
+    sentence = (f"Fine-tuning removed {removed(*pairs)} of what cloning fails "
+                "(paper: DiWA 64 %, WAM about 80 %); "
+                f"dream and simulator differ by {gap:.0f} points on average")
+    prices = [max(r["curve"].values()) - list(r["curve"].values())[-1] for r in rows if r["curve"]]
+    if prices:
+        sentence += (f"; the best checkpoint in hindsight would be {100 * np.mean(prices):.0f} points better "
+                     "than the last one, on the learning curve's starts")
+    mean_line = (f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} "
+                 f"| {difference(*pairs)[0]} | {opinion(rows)} | {share} (all eight) "
+                 f"| {pooled_trust(rows)} | | | |")
+    return [mean_line, "", sentence + "."]
 
 
 def short_table(rows):
@@ -246,36 +367,73 @@ def short_table(rows):
         lines.append(f"| {task} | {rate(before)} | {rate(after)} | {diwa} % | {wam} % |")
     before, after = (np.mean([np.mean(r[key]) for r in rows]) for key in ("before", "after"))
     pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
-    papers = np.mean([PAPER[task] for task in tasks], 0)
-    lines.append(f"| mean | {percent(before)} | **{percent(after)}**, difference {difference(*pairs)[0]} | {papers[1]:.1f} % | {papers[2]:.1f} % |")
+    _, diwa, wam = np.mean([PAPER[task] for task in tasks], 0)
+    tuned = f"**{percent(after)}**, difference {difference(*pairs)[0]}"
+    lines.append(f"| mean | {percent(before)} | {tuned} | {diwa:.1f} % | {wam:.1f} % |")
     return lines
 
 
 def write(folder, task, settings, versions, evaluation, judged, minutes):
-    """runs/<name>/report.md.  evaluation: content of eval_<task>.json; judged: the world model's own tables; minutes: {stage: minutes}."""
+    """runs/<name>/report.md.
+
+    evaluation: content of eval_<task>.json; judged: the world model's own tables;
+    minutes: {stage: minutes}."""
     simulated = settings["sim"] != "none"
     rows = evaluation["results"]
     before, after = ([r["success"] for r in rows[p]] for p in ("bc", "tuned"))
     dream_before = float(np.mean([r["dreamed_success"] for r in rows["bc"]] if simulated else before))
     opinion_line = success_rows(before, after, dream_before, evaluation["dream_success"])
-    lines = [f"# {task}: practised in a dream", "", exam(settings, evaluation, len(before)), "",
-             f"| success in the {'simulator' if simulated else 'dream (no simulator was given)'} | this run |", "|---|---|",
-             *opinion_line[:4 if simulated else 3],
-             f"| the papers' row, real CALVIN (BC, DiWA; WAM) | {published(task)} |", "",
-             f"No simulator step was used between the recorded data and the fine-tuned policy. Reward labels: {settings['reward_labels']}.", "",
-             f"![learning curve](curves_{task}.png)", "", f"![dream](dream_{task}.gif)"]
+    where = "simulator" if simulated else "dream (no simulator was given)"
+    labels = settings["reward_labels"]
+    lines = [
+        f"# {task}: practised in a dream",
+        "",
+        exam(settings, evaluation, len(before)),
+        "",
+        f"| success in the {where} | this run |",
+        "|---|---|",
+        *opinion_line[:4 if simulated else 3],
+        f"| the papers' row, real CALVIN (BC, DiWA; WAM) | {published(task)} |",
+        "",
+        "No simulator step was used between the recorded data and the fine-tuned policy. "
+        f"Reward labels: {labels}.",
+        "",
+        f"![learning curve](curves_{task}.png)",
+        "",
+        f"![dream](dream_{task}.gif)",
+    ]
     if simulated:
         lines[-1] += f" ![before](rollout_before_{task}.gif) ![after](rollout_after_{task}.gif)"
         lines += classifier_lines(rows)
     lines += trust_lines(task, judged) + world_model_lines(judged)
-    lines += ["", "## Minutes", "", "| " + " | ".join(minutes) + " | all |", "|" + "---|" * (len(minutes) + 1),
-              "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |", "",
-              "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
-    row = dict(task=task, seed=settings["seed"], preset=settings["preset"], before=[int(x) for x in before], after=[int(x) for x in after],
-               dream_before=dream_before, dream=evaluation["dream_success"], curve=evaluation["curve"], replay_share=judged["replay_share"],
-               labels=settings["reward_labels"], minutes=minutes, versions=versions, trust=judged["trust"])
+    lines += [
+        "",
+        "## Minutes",
+        "",
+        "| " + " | ".join(minutes) + " | all |",
+        "|" + "---|" * (len(minutes) + 1),
+        "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |",
+        "",
+        "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
+    ]
+    row = dict(
+        task=task,
+        seed=settings["seed"],
+        preset=settings["preset"],
+        before=[int(x) for x in before],
+        after=[int(x) for x in after],
+        dream_before=dream_before,
+        dream=evaluation["dream_success"],
+        curve=evaluation["curve"],
+        replay_share=judged["replay_share"],
+        labels=labels,
+        minutes=minutes,
+        versions=versions,
+        trust=judged["trust"],
+    )
     if simulated:
-        row["classifier"] = precision_recall(*([v for r in rows["tuned"] for v in r[key]] for key in ("real", "truth")))
+        real, truth = ([v for r in rows["tuned"] for v in r[key]] for key in ("real", "truth"))
+        row["classifier"] = precision_recall(real, truth)
     write_atomic(folder / f"result_{task}.json", lambda p: p.write_text(json.dumps(row, indent=1)))
     for name in (f"report_{task}.md", "report.md"):
         write_atomic(folder / name, lambda p: p.write_text("\n".join(lines) + "\n"))
@@ -284,20 +442,32 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
 
 def exam(settings, evaluation, n):
     """What was asked of the two policies, in a sentence that is true of this run."""
+    steps = settings["eval_steps"]
     ending = f"95 % intervals. Seed {settings['seed']}, preset {settings['preset']}."
     if settings["sim"] != "none":
-        return f"{n} start states, the same before and after; at most {settings['eval_steps']} steps; CALVIN's task rule; {ending}"
-    source = ("of demonstrations that the policy was cloned from or the world model trained on, for want of others"
-              if evaluation.get("trained_on") else "of demonstrations that nothing was trained on")
-    return (f"{n} recorded first frames, {source}, each dreamed once by both policies; at most {settings['eval_steps']} steps; "
+        return (f"{n} start states, the same before and after; at most {steps} steps; CALVIN's task rule; "
+                f"{ending}")
+    source = "of demonstrations that nothing was trained on"
+    if evaluation.get("trained_on"):
+        source = ("of demonstrations that the policy was cloned from or the world model trained on, "
+                  "for want of others")
+    return (f"{n} recorded first frames, {source}, each dreamed once by both policies; "
+            f"at most {steps} steps; "
             f"success is what the classifier believes, which nobody has checked; {ending}")
 
 
 def classifier_lines(results):
     """report.md: the classifier on the evaluation's episodes.  results: {policy: episodes}"""
-    lines = ["", "## The success classifier on held-out policy rollouts", "",
-             "Every chunk end of the evaluation episodes, failures included; the same actions replayed in the dream from the first frame.", "",
-             "| rollouts of | seen | precision | recall | failed episodes in which it fires |", "|---|---|---|---|---|"]
+    lines = [
+        "",
+        "## The success classifier on held-out policy rollouts",
+        "",
+        "Every chunk end of the evaluation episodes, failures included; "
+        "the same actions replayed in the dream from the first frame.",
+        "",
+        "| rollouts of | seen | precision | recall | failed episodes in which it fires |",
+        "|---|---|---|---|---|",
+    ]
     for policy in ("bc", "tuned"):
         rows = results[policy]
         truth = [t for r in rows for t in r["truth"]]
@@ -311,12 +481,19 @@ def classifier_lines(results):
 
 def trust_lines(task, judged):
     """report.md: recorded attempts, dreamed again."""
-    seen = task in judged["trained_on"]
-    lines = ["", "## Can the dream tell success from failure?", "",
-             "Recorded attempts, dreamed again action by action: demonstrations "
-             + ("(some of which were trained on, for want of others)" if seen else "that nothing was trained on")
-             + ", and stretches of held-out play from where the task can be done.", "",
-             "| recorded | dreamed: success | dreamed: failure |", "|---|---|---|"]
+    source = "that nothing was trained on"
+    if task in judged["trained_on"]:
+        source = "(some of which were trained on, for want of others)"
+    lines = [
+        "",
+        "## Can the dream tell success from failure?",
+        "",
+        f"Recorded attempts, dreamed again action by action: demonstrations {source}, "
+        "and stretches of held-out play from where the task can be done.",
+        "",
+        "| recorded | dreamed: success | dreamed: failure |",
+        "|---|---|---|",
+    ]
     for name, counts in judged["trust"].items():
         for truth, (yes, no) in zip(("success", "failure"), counts):
             if yes + no:
@@ -327,44 +504,72 @@ def trust_lines(task, judged):
 def world_model_lines(judged):
     """report.md: the world model's own measures, those that this recording allows."""
     lines = ["", "## The world model on recordings it has not seen", ""]
-    if judged["replay_share"]:
-        seen = [task for task in judged["replay_share"] if task in judged["trained_on"]]
-        lines += ["Replay share: a held-out demonstration's actions, replayed in the dream from its first frame; in what share does the task's object make more",
-                  "than 60 % of its true change?  (A linear probe reads the feature.)"
-                  + (f"  Trained on, for want of others: {', '.join(seen)}." if seen else ""), "",
-                  "| task | " + " | ".join(judged["replay_share"]) + " | mean |", "|---|" + "---|" * (len(judged["replay_share"]) + 1)]
+    shares = judged["replay_share"]
+    if shares:
+        trained_on = ""
+        if seen := [task for task in shares if task in judged["trained_on"]]:
+            trained_on = f"  Trained on, for want of others: {', '.join(seen)}."
+        lines += [
+            "Replay share: a held-out demonstration's actions, replayed in the dream from its first frame; "
+            "in what share does the task's object make more",
+            f"than 60 % of its true change?  (A linear probe reads the feature.){trained_on}",
+            "",
+            "| task | " + " | ".join(shares) + " | mean |",
+            "|---|" + "---|" * (len(shares) + 1),
+        ]
         for name, key in (("dreamed", "replay_share"), ("watched", "replay_share_watched")):
-            shares = list(judged[key].values())
-            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in shares) + f" | {np.mean(shares):.2f} |")
+            row = list(judged[key].values())
+            numbers = " | ".join(f"{x:.2f}" for x in row)
+            lines.append(f"| {name} | {numbers} | {np.mean(row):.2f} |")
     else:
         lines.append("Replay share: not measured, for it needs the scene state of held-out demonstrations.")
-    lines += ["", "Open-loop error from one frame (m, tcp in cm, lights 0..1), against \"nothing moves\":", "",
-              "| what | steps | error | nothing moves | where it moves: windows | error | nothing moves | as much as a task asks: windows | dreamed | false alarms |",
-              "|" + "---|" * 10]
+    lines += [
+        "",
+        'Open-loop error from one frame (m, tcp in cm, lights 0..1), against "nothing moves":',
+        "",
+        "| what | steps | error | nothing moves | where it moves: windows | error | nothing moves "
+        "| as much as a task asks: windows | dreamed | false alarms |",
+        "|" + "---|" * 10,
+    ]
     for r in judged["open_loop"]:
-        events = f"{r['events']} | {percent(r['hits'])} | {percent(r['false'])} |" if "events" in r else "| | |"
-        lines.append(f"| {r['what']} | {r['step']} | {r['error']:.3f} | {r['still']:.3f} | {r['windows']} | {r['error_moving']:.3f} | "
-                     f"{r['still_moving']:.3f} | {events}")
+        events = "| | |"
+        if "events" in r:
+            events = f"{r['events']} | {percent(r['hits'])} | {percent(r['false'])} |"
+        lines.append(f"| {r['what']} | {r['step']} | {r['error']:.3f} | {r['still']:.3f} | {r['windows']} "
+                     f"| {r['error_moving']:.3f} | {r['still_moving']:.3f} | {events}")
     return lines
 
 
 def curves(path, task, dream_log, evaluation, n_curve, trust):
-    """Dream success and simulator success over the iterations of fine-tuning; the gap between them is the lesson.  Below: may the dream be believed?"""
-    curve, (before, after) = evaluation["curve"], ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
+    """Dream success and simulator success over the iterations of fine-tuning; the gap is the lesson.
+
+    Below: may the dream be believed?"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    curve = evaluation["curve"]
+    before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot(*dream_log, color="tab:blue", label="dream (exploring, its own classifier)")
-    steps, rates = [int(k) for k in curve], np.array(list(curve.values()))
+    steps = [int(k) for k in curve]
+    rates = np.array(list(curve.values()))
     low, high = np.array([wilson(r * n_curve, n_curve) for r in rates]).reshape(-1, 2).T
     if curve:                                               # without a simulator there is none
-        axis.errorbar(steps, rates, [np.maximum(rates - low, 0), np.maximum(high - rates, 0)], color="tab:orange", marker="o", capsize=3, label=f"simulator ({n_curve} other starts)")
-    axis.axhline(np.mean(before), color="gray", ls=":", label=f"cloned, {len(before)} test starts: {percent(np.mean(before))}")
-    axis.axhline(np.mean(after), color="black", ls="--", label=f"fine-tuned, same starts: {percent(np.mean(after))}")
+        bars = [np.maximum(rates - low, 0), np.maximum(high - rates, 0)]
+        label = f"simulator ({n_curve} other starts)"
+        axis.errorbar(steps, rates, bars, color="tab:orange", marker="o", capsize=3, label=label)
+    label = f"cloned, {len(before)} test starts: {percent(np.mean(before))}"
+    axis.axhline(np.mean(before), color="gray", ls=":", label=label)
+    label = f"fine-tuned, same starts: {percent(np.mean(after))}"
+    axis.axhline(np.mean(after), color="black", ls="--", label=label)
     recognised, believed = trusted(trust)
     axis.set(ylabel="success" if curve else "success believed in the dream", ylim=(0, 1.05), title=task)
-    axis.set_xlabel(f"PPO iteration in the dream\n(recorded attempts, dreamed again: successes recognised {recognised};\nfailures believed {believed})", fontsize=8)
+    axis.set_xlabel(
+        "PPO iteration in the dream\n"
+        f"(recorded attempts, dreamed again: successes recognised {recognised};\n"
+        f"failures believed {believed})",
+        fontsize=8,
+    )
     axis.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     write_atomic(path, lambda p: figure.savefig(p, dpi=110))
@@ -379,7 +584,9 @@ def gif(path, frames, scale=3, stride=1):
 
 
 def dream_strip(truth, watched, dreamed, scores):
-    """One gif frame a step: truth, what the model sees when it watches, what it dreams, over a bar with the classifier's score.
+    """One gif frame a step: truth, what the model sees when it watches, what it dreams.
+
+    Below them a bar with the classifier's score.
 
     truth, watched, dreamed: (static, gripper) [T, S, S, 3] u8; scores [T] in 0..1."""
     frames = []
@@ -415,7 +622,8 @@ def read_row(path):
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}: give the rows of some runs, runs/*/result_*.json") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path} is no row of a run ({type(error).__name__}: {error}): give runs/*/result_*.json") from error
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is no row of a run ({what}): give runs/*/result_*.json") from error
 
 
 if __name__ == "__main__":
