@@ -357,7 +357,7 @@ def together(rows):
 
 
 def short_table(rows):
-    """The README's table: task, cloned and fine-tuned success with their intervals, and what the papers have."""
+    """The README's table: task, cloned and fine-tuned success with intervals, and what the papers have."""
     lines = ["| task | cloned | fine-tuned in the dream | DiWA | WAM |", "|---|---|---|---|---|"]
     tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
     for task in tasks:

@@ -364,6 +364,21 @@ def test_the_same_command_twice_at_once(tmp_path):
     assert first.wait(120) == 0 and len(data.Dataset(tmp_path / "smoke" / "demos_close_drawer").segments) == 20
 
 
+def test_tasks_at_once_over_one_world_model(again):
+    """Two tasks in one run folder at the same time: both end, and no row of the log is lost."""
+    tasks = ("open_drawer", "turn_on_led")
+    command = [*TINY, *SHORT, *FEW, "--runs", again]
+    before = (again / "smoke" / "log.csv").read_text().splitlines()
+    processes = [start(*command, "--task", task) for task in tasks]
+    assert [process.communicate(timeout=240)[1] for process in processes] == ["", ""]
+    log = (again / "smoke" / "log.csv").read_text().splitlines()
+    assert set(before) <= set(log)
+    for task in tasks:
+        assert (again / "smoke" / f"report_{task}.md").exists()
+        stages = [stage for stage, (_, _, per_task) in runs.STAGES.items() if per_task]
+        assert all(any(line.startswith(f"{stage},{task},0,minutes,") for line in log) for stage in stages)
+
+
 def test_many_may_write_the_log(tmp_path):
     """Tasks at work in one folder: a log that is begun anew by one loses no row of the others."""
     def write(task):
