@@ -1,21 +1,24 @@
 """A small CALVIN-D tabletop in PyBullet: eight tasks, two cameras, a scripted expert and play.
 
     python calvin_sim.py check [--task open_drawer] [--n 100]     success and steps of the scripted expert
-    python calvin_sim.py check --sim calvin --calvin-root PATH    the same in the real simulator, see support/calvin_real.py
+    python calvin_sim.py check --sim calvin --calvin-root PATH    in the real simulator (support/calvin_real.py)
     python calvin_sim.py play-stats [--steps 5000]                events per 1,000 play steps, steps per second
     python calvin_sim.py view [--out view.png]                    one contact sheet of both cameras
 
-A Franka Panda stands at a desk with a drawer, a sliding door, a lever that lights a bulb, a button that toggles an LED
-and three loose blocks, at the poses, axes, limits and thresholds measured in the real CALVIN simulator (scene D).
+A Franka Panda stands at a desk with a drawer, a sliding door, a lever that lights a bulb, a button that toggles
+an LED and three loose blocks, at the poses, axes, limits and thresholds measured in the real CALVIN simulator
+(scene D).
 World frame: x right, y into the desk, z up; metres, radians, extrinsic xyz Euler angles (roll, pitch, yaw).
 
-    robot_obs [15]  0-2 tcp position, 3-5 tcp Euler, 6 gripper opening (m), 7-13 arm joints, 14 last gripper command (+-1)
+    robot_obs [15]  0-2 tcp position, 3-5 tcp Euler, 6 gripper opening (m), 7-13 arm joints,
+                    14 last gripper command (+-1)
     scene_obs [24]  0 slider, 1 drawer, 2 button, 3 switch (joint, m), 4 bulb, 5 LED (0/1),
                     6-11 / 12-17 / 18-23 red / blue / pink block: position, Euler
-    action    [7]   dx dy dz (x 0.02 m), droll dpitch dyaw (x 0.05 rad), gripper (>= 0 opens), all in [-1, 1], 30 Hz
+    action    [7]   dx dy dz (x 0.02 m), droll dpitch dyaw (x 0.05 rad), gripper (>= 0 opens),
+                    all in [-1, 1], 30 Hz
 
-Departures from CALVIN: plain colours and low-polygon links (a step with both pictures is 20 times faster); the target
-pose may lead the measured one by WINDUP_* at most; an episode depends on its start and its actions only.
+Departures from CALVIN: plain colours and low-polygon links (a step with both pictures is 20 times faster); the
+target pose may lead the measured one by WINDUP_* at most; an episode depends on its start and its actions only.
 """
 import contextlib
 import os
@@ -48,27 +51,34 @@ def muted(descriptor):
 with muted(2):                               # it greets every program and worker with its build time
     import pybullet as pb
 
-from support.tabletop_model import BLOCKS, GREEN, JOINTS, LAMP_OFF, LEGS, TCP_OFFSET, YELLOW, euler_matrix, urdf_files
+from support.tabletop_model import BLOCKS, GREEN, JOINTS, LAMP_OFF, LEGS, TCP_OFFSET, YELLOW
+from support.tabletop_model import euler_matrix, urdf_files
 
-MAX_REL_POS, MAX_REL_ORN = 0.02, 0.05        # what an action of 1 moves the target: m, rad
-WINDUP_POS, WINDUP_ORN = 0.06, 0.15          # how far the target may lead the measured tcp, per component: m, rad
+MAX_REL_POS = 0.02                           # what an action of 1 moves the target: m,
+MAX_REL_ORN = 0.05                           # and rad
+WINDUP_POS = 0.06                            # how far the target may lead the measured tcp, per component: m,
+WINDUP_ORN = 0.15                            # and rad
 ROBOT_BASE = (-0.34, -0.46, 0.24)
 HOME = np.array([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])  # CALVIN's default arm joints, rad
 HOME_TCP = np.array([0.0259, -0.2313, 0.5713])
 TIP = 0.0157                                 # fingertips beyond the tcp, along the tool: m
-ARM, FINGERS, HAND_LINK, TCP_LINK = tuple(range(7)), (9, 10), 8, 11
+ARM = tuple(range(7))                        # joints of the robot
+FINGERS = (9, 10)
+HAND_LINK = 8
+TCP_LINK = 11
 JOINT_LOW = np.array([-2.9671, -1.8326, -2.9671, -3.1416, -2.9671, -0.0873, -2.9671])
 JOINT_HIGH = np.array([2.9671, 1.8326, 2.9671, 0.0, 2.9671, 3.8223, 2.9671])
 SLIDER, DRAWER, BUTTON, SWITCH, BULB, LED = range(6)     # places in scene_obs
-SUBSTEPS = 8                                 # of 1/240 s; PyBullet gives each the impulse of a whole step: forces are divided
-BULB_AT, LED_AT = 0.044, 0.010               # joint thresholds of the two lamps, m
+SUBSTEPS = 8                                 # of 1/240 s; each gets the impulse of a whole step: forces are divided
+BULB_AT = 0.044                              # joint thresholds of the two lamps, m
+LED_AT = 0.010
 LIMITS = (0.28, 0.22, 0.02, 0.088)           # travel of slider, drawer, button, switch, m
 
 
-# ---- Tasks: CALVIN's predicates and start states, pure functions of the scene state ----------------------------------
+# ---- Tasks: CALVIN's predicates and start states, pure functions of the scene state ------------------------
 class Task(NamedTuple):
     """Another task is another line of TASKS: "press the button while the drawer is open" would be
-    Task("led_while_open", LED, 0.5, "press the button while the drawer is open", holds=(DRAWER,), skill="turn_on_led")."""
+    Task("led_while_open", LED, 0.5, "press the button ...", holds=(DRAWER,), skill="turn_on_led")."""
     name: str
     index: int           # the scene_obs entry that the task changes
     change: float        # fulfilled when that entry has changed by more than this in this direction
@@ -85,10 +95,11 @@ TASKS = {t.name: t for t in (
     Task("turn_on_lightbulb", BULB, 0.5, "use the switch to turn on the light bulb"),
     Task("turn_off_lightbulb", BULB, -0.5, "use the switch to turn off the light bulb"),
     Task("turn_on_led", LED, 0.5, "press the button to turn on the LED"),
-    Task("turn_off_led", LED, -0.5, "press the button to turn off the LED"))}
+    Task("turn_off_led", LED, -0.5, "press the button to turn off the LED"),
+)}
 
 
-FAR = {SLIDER: 0.15, DRAWER: 0.12, SWITCH: 0.044, BULB: 0.5, LED: 0.5}     # an entry is far beyond this: m, or 0/1
+FAR = {SLIDER: 0.15, DRAWER: 0.12, SWITCH: 0.044, BULB: 0.5, LED: 0.5}     # far is beyond this: m, or 0/1
 
 
 def held(task_name, scene):
@@ -101,7 +112,8 @@ def held(task_name, scene):
 def success(task_name, scene_start, scene_now):
     """CALVIN's predicate: scene_start, scene_now [..., 24] -> bool [...]. Momentary; strict, as in CALVIN."""
     task = TASKS[task_name]
-    moved = (np.asarray(scene_now)[..., task.index] - np.asarray(scene_start)[..., task.index]) * np.sign(task.change)
+    start = np.asarray(scene_start)[..., task.index]
+    moved = (np.asarray(scene_now)[..., task.index] - start) * np.sign(task.change)
     return (moved > abs(task.change)) & held(task_name, scene_now)
 
 
@@ -114,37 +126,45 @@ def possible(task_name, scene):
 
 def sample_start(task_name, rng):
     """Draw (robot_obs [15], scene_obs [24]) in which `task_name` is yet to be done; everything else is random."""
-    task, scene = TASKS[task_name], np.zeros(24, np.float32)
+    task = TASKS[task_name]
+    scene = np.zeros(24, np.float32)
     far = rng.random(6) < 0.5                            # which fixtures are left / open / up / lit
     far[task.index] = task.change < 0
     far[list(task.holds)] = True
     far[SWITCH] = far[BULB]
     for joint, (near, away) in {SLIDER: (0.06, 0.22), DRAWER: (0.03, 0.17), SWITCH: (0.02, 0.07)}.items():
         scene[joint] = rng.uniform(away, LIMITS[joint]) if far[joint] else rng.uniform(0, near)
-    scene[BULB], scene[LED] = far[BULB], far[LED]
+    scene[BULB] = far[BULB]
+    scene[LED] = far[LED]
     surfaces = ((0.0, 0.35, -0.15, -0.03), (-0.32, -0.16, 0.05, 0.12), (-0.05, 0.13, 0.05, 0.12))
     centres = []
     while len(centres) < 3:                              # 0.1 m apart: the longest block has a half diagonal of 0.045
         x0, x1, y0, y1 = surfaces[rng.choice(3, p=(0.6, 0.2, 0.2))]
         centre = np.array([rng.uniform(x0, x1), rng.uniform(y0, y1)])
         if all(np.linalg.norm(centre - other) > 0.1 for other in centres):
-            scene[6 + 6 * len(centres):12 + 6 * len(centres)] = (*centre, 0.46, 0, 0, rng.uniform(0, np.pi))
+            block = 6 + 6 * len(centres)
+            scene[block:block + 6] = (*centre, 0.46, 0, 0, rng.uniform(0, np.pi))
             centres.append(centre)
     return sample_robot(rng), scene
 
 
 def sample_robot(rng):
-    """Draw a robot_obs [15] anywhere above the desk's front, tilted by up to 21 degrees: an official start is where the last skill left the arm."""
+    """Draw a robot_obs [15] anywhere above the desk's front, tilted by up to 21 degrees.
+
+    An official start is where the last skill left the arm."""
     while True:
         joints = HOME + rng.uniform(-0.45, 0.45, 7)
         tcp, axis = forward_kinematics(joints)
-        if -0.27 < tcp[0] < 0.33 and -0.46 < tcp[1] < -0.08 and 0.525 < tcp[2] < 0.70 and axis[2] < -0.93:
+        above_front = -0.27 < tcp[0] < 0.33 and -0.46 < tcp[1] < -0.08 and 0.525 < tcp[2] < 0.70
+        if above_front and axis[2] < -0.93:
             opening = 0.08 if rng.random() < 0.5 else 0.0
             return np.concatenate([tcp, [opening], joints, [1.0 if opening else -1.0]]).astype(np.float32)
 
 
 def checked_start(robot_obs, scene_obs, seed):
-    """What a simulator's reset was given -> finite robot_obs [15], scene_obs [24] as new f64 arrays; None is drawn from `seed`."""
+    """What a simulator's reset was given -> finite robot_obs [15], scene_obs [24] as new f64 arrays.
+
+    None is drawn from `seed`."""
     drawn = sample_start("open_drawer", np.random.default_rng(seed))
     robot, scene = (np.array(d if o is None else o, float) for o, d in zip((robot_obs, scene_obs), drawn))
     if robot.shape != (15,) or scene.shape != (24,) or not np.isfinite([*robot, *scene]).all():
@@ -160,29 +180,39 @@ def checked_action(action):
     return action
 
 
-# ---- Geometry of rotations and of the arm ----------------------------------------------------------------------------
-# Panda joint frames in their parents: Euler angles, then position (from its URDF)
-PANDA = (((0, 0, 0), (0, 0, 0.333)), ((-1, 0, 0), (0, 0, 0)), ((1, 0, 0), (0, -0.316, 0)), ((1, 0, 0), (0.0825, 0, 0)),
-         ((-1, 0, 0), (-0.0825, 0.384, 0)), ((1, 0, 0), (0, 0, 0)), ((1, 0, 0), (0.088, 0, 0)))
+# ---- Geometry of rotations and of the arm ------------------------------------------------------------------
+PANDA = (            # joint frames in their parents: Euler angles in quarter turns, then position (from its URDF)
+    ((0, 0, 0), (0, 0, 0.333)),
+    ((-1, 0, 0), (0, 0, 0)),
+    ((1, 0, 0), (0, -0.316, 0)),
+    ((1, 0, 0), (0.0825, 0, 0)),
+    ((-1, 0, 0), (-0.0825, 0.384, 0)),
+    ((1, 0, 0), (0, 0, 0)),
+    ((1, 0, 0), (0.088, 0, 0)),
+)
 
 
 def forward_kinematics(joints):
     """Arm joints [7] -> (tcp pose [6], tool axis [3]). Lets start states be drawn without a simulator."""
-    position, rotation = np.array(ROBOT_BASE, float), np.eye(3)
+    position = np.array(ROBOT_BASE, float)
+    rotation = np.eye(3)
     for (turn, offset), q in zip(PANDA, joints):
         position = position + rotation @ np.array(offset)
         rotation = rotation @ euler_matrix(np.array(turn) * np.pi / 2) @ euler_matrix(np.array([0, 0, q]))
     rotation = rotation @ euler_matrix(np.array([0, 0, -np.pi / 4]))       # the hand is mounted at -45 degrees
     position = position + rotation[:, 2] * (0.107 + TCP_OFFSET)
-    roll, yaw = np.arctan2(rotation[2, 1], rotation[2, 2]), np.arctan2(rotation[1, 0], rotation[0, 0])
-    return np.array([*position, roll, -np.arcsin(rotation[2, 0]), yaw]), rotation[:, 2]
+    roll = np.arctan2(rotation[2, 1], rotation[2, 2])
+    pitch = -np.arcsin(rotation[2, 0])
+    yaw = np.arctan2(rotation[1, 0], rotation[0, 0])
+    return np.array([*position, roll, pitch, yaw]), rotation[:, 2]
 
 
 def advance_target(target, action, tcp, keep=1):
     """The commanded pose after one action, as the simulator and the dream both integrate it.
 
     target [..., 6] commanded pose, action [..., >= 6] in [-1, 1], tcp [..., 6] measured pose -> target [..., 6].
-    keep: 0 forgets the lead that target had over tcp, 1 does not. Angles are wrapped; the lead over tcp is clamped per component, so that a blocked arm does not wind up. Numpy or torch.
+    keep: 0 forgets the lead that target had over tcp, 1 does not. Angles are wrapped; the lead over tcp is
+    clamped per component, so that a blocked arm does not wind up. Numpy or torch.
     """
     lead = keep * (target - tcp)
     lead[..., 3:] = (lead[..., 3:] + np.pi) % (2 * np.pi) - np.pi
@@ -191,18 +221,24 @@ def advance_target(target, action, tcp, keep=1):
     return tcp + lead
 
 
-# ---- The simulator ---------------------------------------------------------------------------------------------------
-STATIC_VIEW = pb.computeViewMatrix((2.8715, -2.1666, 2.5552), (-0.02624, -0.03023, 0.3920), (0.40414, 0.22630, 0.88626))
-STATIC_LENS, GRIPPER_LENS = pb.computeProjectionMatrixFOV(10, 1, 0.01, 10), pb.computeProjectionMatrixFOV(75, 1, 0.01, 2)
-GRIPPER_CAM = euler_matrix(np.array([1.3, 0, -1.57]))    # in the hand frame, 0.1 m behind it; looks along its y, up is -z
+# ---- The simulator -----------------------------------------------------------------------------------------
+STATIC_EYE = (2.8715, -2.1666, 2.5552)
+STATIC_VIEW = pb.computeViewMatrix(STATIC_EYE, (-0.02624, -0.03023, 0.3920), (0.40414, 0.22630, 0.88626))
+STATIC_LENS = pb.computeProjectionMatrixFOV(10, 1, 0.01, 10)
+GRIPPER_LENS = pb.computeProjectionMatrixFOV(75, 1, 0.01, 2)
+# in the hand frame, 0.1 m behind it; looks along its y, up is -z
+GRIPPER_CAM = euler_matrix(np.array([1.3, 0, -1.57]))
 
 
 def take_picture(client, size, view, lens):
     """-> picture [size, size] u32 (RGBA), depth [size, size] f32 (nonlinear)"""
-    picture, depth = pb.getCameraImage(size, size, view, lens, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK,
-                                       renderer=pb.ER_TINY_RENDERER, physicsClientId=client)[2:4]
+    picture, depth = pb.getCameraImage(
+        size, size, view, lens, shadow=0, flags=pb.ER_NO_SEGMENTATION_MASK, renderer=pb.ER_TINY_RENDERER,
+        physicsClientId=client,
+    )[2:4]
     if isinstance(picture, tuple):           # PyBullet built without NumPy; nothing is quicker than these two
-        picture, depth = bytearray(picture), struct.pack(f"{len(depth)}f", *depth)
+        picture = bytearray(picture)
+        depth = struct.pack(f"{len(depth)}f", *depth)
     shape = size, size
     return np.frombuffer(picture, np.uint32).reshape(shape), np.frombuffer(depth, np.float32).reshape(shape)
 
@@ -216,15 +252,21 @@ class Tabletop:
     """The desk, the arm and two cameras. One control step is 1/30 s."""
 
     def __init__(self, image_size=64, render=True):
-        self.image_size, self.render, self.client = image_size, render, None
+        self.image_size = image_size
+        self.render = render
+        self.client = None
         self._build()
         self._sort_shapes()
         self.reset(seed=0)
 
     def _build(self):
-        """A new world. What Bullet keeps of an old one (the order of its contacts) would tell in the last digits of one episode in a hundred."""
+        """A new world.
+
+        What Bullet keeps of an old one (the order of its contacts) would tell in the last digits of one
+        episode in a hundred."""
         self.close()
-        self.client, self.lamps = pb.connect(pb.DIRECT), [None, None]
+        self.client = pb.connect(pb.DIRECT)
+        self.lamps = [None, None]
         self._load()
         self._configure()
 
@@ -234,43 +276,54 @@ class Tabletop:
             for name, text in urdf_files().items():
                 Path(folder, name).write_text(text)
             urdf = dict(useFixedBase=True, flags=pb.URDF_USE_INERTIA_FROM_FILE, **c)
-            self.robot, self.blocks = pb.loadURDF(f"{folder}/panda.urdf", ROBOT_BASE, **urdf), []
-            for size, colour in BLOCKS:                  # what stands in front comes first: what it hides is not shaded
+            self.robot = pb.loadURDF(f"{folder}/panda.urdf", ROBOT_BASE, **urdf)
+            self.blocks = []
+            for size, colour in BLOCKS:      # what stands in front comes first: what it hides is not shaded
                 half = [s / 2 for s in size]
                 look = pb.createVisualShape(pb.GEOM_BOX, halfExtents=half, rgbaColor=(*colour, 1), **c)
                 shape = pb.createCollisionShape(pb.GEOM_BOX, halfExtents=half, **c)
                 self.blocks.append(pb.createMultiBody(1.0, shape, look, (0, 0, 1), **c))
-                pb.changeDynamics(self.blocks[-1], -1, lateralFriction=0.7,
-                                  activationState=pb.ACTIVATION_STATE_ENABLE_SLEEPING, **c)
+                friction = dict(lateralFriction=0.7, activationState=pb.ACTIVATION_STATE_ENABLE_SLEEPING)
+                pb.changeDynamics(self.blocks[-1], -1, **friction, **c)
             self.desk = pb.loadURDF(f"{folder}/desk.urdf", **urdf)
-        floor = pb.createCollisionShape(pb.GEOM_BOX, halfExtents=(3, 3, 0.1), **c)     # a block may fall; not drawn: slow
-        pb.changeVisualShape(pb.createMultiBody(0, floor, -1, (0, 0, -0.1), **c), -1, rgbaColor=(0, 0, 0, 0), **c)
+        # a block may fall; the floor is not drawn: slow
+        shape = pb.createCollisionShape(pb.GEOM_BOX, halfExtents=(3, 3, 0.1), **c)
+        floor = pb.createMultiBody(0, shape, -1, (0, 0, -0.1), **c)
+        pb.changeVisualShape(floor, -1, rgbaColor=(0, 0, 0, 0), **c)
         names = [pb.getJointInfo(self.desk, i, **c)[1].decode() for i in range(6)]
-        self.fixtures, self.lamp_links = [names.index(name) for name in JOINTS], [names.index("bulb"), names.index("led")]
+        self.fixtures = [names.index(name) for name in JOINTS]
+        self.lamp_links = [names.index("bulb"), names.index("led")]
 
     def _configure(self):
         c = dict(physicsClientId=self.client)
         pb.setGravity(0, 0, -9.8, **c)
-        pb.setPhysicsEngineParameter(fixedTimeStep=1 / 30, numSubSteps=SUBSTEPS, numSolverIterations=20,
-                                     solverResidualThreshold=1e-7, minimumSolverIslandSize=1, **c)
-        pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **c)     # the order of contacts: not as history had it
+        pb.setPhysicsEngineParameter(
+            fixedTimeStep=1 / 30, numSubSteps=SUBSTEPS, numSolverIterations=20,
+            solverResidualThreshold=1e-7, minimumSolverIslandSize=1, **c,
+        )
+        # the order of contacts: not as history had it
+        pb.setPhysicsEngineParameter(deterministicOverlappingPairs=1, **c)
         for body in (self.robot, self.desk):
             for joint in range(pb.getNumJoints(body, **c)):
                 pb.changeDynamics(body, joint, linearDamping=0, angularDamping=0, jointDamping=0, **c)
         ends = (self.robot, FINGERS[0], self.robot, FINGERS[1])
         gear = pb.createConstraint(*ends, pb.JOINT_GEAR, (1, 0, 0), (0, 0, 0), (0, 0, 0), **c)
         pb.changeConstraint(gear, gearRatio=-1, erp=0.1, maxForce=50 / SUBSTEPS, **c)
+        friction = dict(force=4 / SUBSTEPS, **c)
         for joint in self.fixtures:
-            pb.setJointMotorControl2(self.desk, joint, pb.VELOCITY_CONTROL, targetVelocity=0, force=4 / SUBSTEPS, **c)
-        pb.setJointMotorControl2(self.desk, self.fixtures[BUTTON], pb.POSITION_CONTROL, targetPosition=0, force=4 / SUBSTEPS, **c)
+            pb.setJointMotorControl2(self.desk, joint, pb.VELOCITY_CONTROL, targetVelocity=0, **friction)
+        button = self.fixtures[BUTTON]
+        pb.setJointMotorControl2(self.desk, button, pb.POSITION_CONTROL, targetPosition=0, **friction)
 
     def _sort_shapes(self):
         """List the drawn shapes, and draw the fixed desk for the fixed camera."""
-        shapes, index = [], {}
+        shapes = []
+        index = {}
         for body in (self.robot, self.desk, *self.blocks):
             for data in pb.getVisualShapeData(body, physicsClientId=self.client):
-                index[data[:2]] = index.get(data[:2], -1) + 1
-                shapes.append((body, data[1], index[data[:2]], data[7][:3]))
+                place = data[:2]                         # body and link
+                index[place] = index.get(place, -1) + 1
+                shapes.append((body, data[1], index[place], data[7][:3]))
         self.scenery = [shape for shape in shapes if shape[:2] == (self.desk, -1)]
         self.behind = [shape for shape in shapes if shape[0] == self.robot and shape[1] < HAND_LINK - 1]
         self.behind += [shape for shape in self.scenery if np.allclose(shape[3], LEGS)]
@@ -295,9 +348,12 @@ class Tabletop:
         for body, pose in zip(self.blocks, scene[6:].reshape(3, 6)):
             pb.resetBasePositionAndOrientation(body, pose[:3], pb.getQuaternionFromEuler(pose[3:]), **c)
             pb.resetBaseVelocity(body, (0, 0, 0), (0, 0, 0), **c)
-            if abs(pose[2] - 0.46) < 0.002 and np.abs(pose[3:5]).max() < 0.01:     # asleep until touched: saves time
+            flat = abs(pose[2] - 0.46) < 0.002 and np.abs(pose[3:5]).max() < 0.01
+            if flat:                                     # asleep until touched: saves time
                 pb.changeDynamics(body, -1, activationState=pb.ACTIVATION_STATE_SLEEP, **c)
-        self.bulb, self.led, self.command = int(scene[BULB] > 0.5), int(scene[LED] > 0.5), 1.0 if robot[14] >= 0 else -1.0
+        self.bulb = int(scene[BULB] > 0.5)
+        self.led = int(scene[LED] > 0.5)
+        self.command = 1.0 if robot[14] >= 0 else -1.0
         self.lifted = self.pressed = False               # CALVIN forgets both at a reset
         self._drive(robot[7:14])
         obs = self._observe()
@@ -305,13 +361,17 @@ class Tabletop:
         return obs
 
     def step(self, action, look=True):
-        """One control step: action [7] in [-1, 1] -> obs, without pictures (most of a step's time) if nobody looks."""
+        """One control step: action [7] in [-1, 1] -> obs.
+
+        It is without pictures (most of a step's time) if nobody looks."""
         action = checked_action(action)
         self.target = advance_target(self.target, action, self.tcp)
         self.command = 1.0 if action[6] >= 0 else -1.0
+        orientation = pb.getQuaternionFromEuler(self.target[3:])
         joints = pb.calculateInverseKinematics(
-            self.robot, TCP_LINK, self.target[:3], pb.getQuaternionFromEuler(self.target[3:]), lowerLimits=[-7] * 9,
-            upperLimits=[7] * 9, jointRanges=[7] * 9, restPoses=[*HOME, 0, 0], maxNumIterations=14, physicsClientId=self.client)
+            self.robot, TCP_LINK, self.target[:3], orientation, lowerLimits=[-7] * 9, upperLimits=[7] * 9,
+            jointRanges=[7] * 9, restPoses=[*HOME, 0, 0], maxNumIterations=14, physicsClientId=self.client,
+        )
         self._drive(np.clip(joints[:7], JOINT_LOW, JOINT_HIGH))
         pb.stepSimulation(self.client)
         self._update_lamps()
@@ -319,39 +379,50 @@ class Tabletop:
 
     def _drive(self, joints):
         finger = (0.04, 2, 1) if self.command > 0 else (0.0, 200, 1)
-        for joint, (goal, force, speed) in zip(ARM + FINGERS, [(q, 200, 2) for q in joints] + [finger] * 2):
-            pb.setJointMotorControl2(self.robot, joint, pb.POSITION_CONTROL, targetPosition=goal, force=force / SUBSTEPS,
-                                     maxVelocity=speed, physicsClientId=self.client)
+        motors = [(q, 200, 2) for q in joints] + [finger] * 2
+        for joint, (goal, force, speed) in zip(ARM + FINGERS, motors):
+            pb.setJointMotorControl2(
+                self.robot, joint, pb.POSITION_CONTROL, targetPosition=goal, force=force / SUBSTEPS,
+                maxVelocity=speed, physicsClientId=self.client,
+            )
 
     def _update_lamps(self):
         joints = [state[0] for state in pb.getJointStates(self.desk, self.fixtures, self.client)]
-        lifted, pressed = joints[SWITCH] > BULB_AT, joints[BUTTON] > LED_AT
-        self.bulb = int(lifted) if lifted != self.lifted else self.bulb
-        self.led = 1 - self.led if pressed and not self.pressed else self.led
-        self.lifted, self.pressed = lifted, pressed
+        lifted = joints[SWITCH] > BULB_AT
+        pressed = joints[BUTTON] > LED_AT
+        if lifted != self.lifted:
+            self.bulb = int(lifted)
+        if pressed and not self.pressed:
+            self.led = 1 - self.led
+        self.lifted = lifted
+        self.pressed = pressed
 
     def _observe(self, look=True):
         joints = [state[0] for state in pb.getJointStates(self.robot, ARM + FINGERS, self.client)]
-        position, orientation = pb.getLinkState(self.robot, TCP_LINK, 0, 1, self.client)[4:6]     # 1: forward kinematics
+        link = pb.getLinkState(self.robot, TCP_LINK, 0, 1, self.client)      # 1: forward kinematics
+        position, orientation = link[4:6]
         euler = pb.getEulerFromQuaternion(orientation)
         robot = np.array([*position, *euler, joints[7] + joints[8], *joints[:7], self.command], np.float32)
-        scene = [state[0] for state in pb.getJointStates(self.desk, self.fixtures, self.client)] + [self.bulb, self.led]
+        scene = [state[0] for state in pb.getJointStates(self.desk, self.fixtures, self.client)]
+        scene += [self.bulb, self.led]
         for body in self.blocks:
             place, turn = pb.getBasePositionAndOrientation(body, self.client)
             scene += [*place, *pb.getEulerFromQuaternion(turn)]
-        self.tcp = robot[:6].astype(float)               # as recorded, so that a dream can repeat the bookkeeping exactly
+        self.tcp = robot[:6].astype(float)   # as recorded, so that a dream can repeat the bookkeeping exactly
         obs = {"robot_obs": robot, "scene_obs": np.array(scene, np.float32)}
         if self.render and look:
             obs["rgb_static"], obs["rgb_gripper"] = self._pictures(position, orientation)
         return obs
 
     def _pictures(self, position, orientation):
-        for i, (link, lit, colour) in enumerate(zip(self.lamp_links, (self.bulb, self.led), (YELLOW, GREEN))):
+        lamps = zip(self.lamp_links, (self.bulb, self.led), (YELLOW, GREEN))
+        for i, (link, lit, colour) in enumerate(lamps):
             if self.lamps[i] != lit:                     # repainting costs time: only on a change
                 self._paint([(self.desk, link, 0, colour if lit else LAMP_OFF)], 1)
                 self.lamps[i] = lit
         rotation = np.array(pb.getMatrixFromQuaternion(orientation)).reshape(3, 3)
-        eye, camera = position + rotation @ np.array([-0.1, 0, -TCP_OFFSET]), rotation @ GRIPPER_CAM
+        eye = position + rotation @ np.array([-0.1, 0, -TCP_OFFSET])
+        camera = rotation @ GRIPPER_CAM
         view = pb.computeViewMatrix(eye, eye + camera[:, 1], -camera[:, 2])
         self._paint(self.scenery, 0)                     # the fixed desk is drawn once, what moves is merged by depth
         moving, depth = self._shoot(STATIC_VIEW, STATIC_LENS)

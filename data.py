@@ -5,13 +5,13 @@ A dataset is a folder of plain arrays, N frames long, that are memory-mapped whe
     rgb_static.npy   [N, S, S, 3] u8     rgb_gripper.npy [N, S, S, 3] u8
     robot_obs.npy    [N, 15] f32         scene_obs.npy   [N, 24] f32, optional: a robot in a kitchen has none
     rel_actions.npy  [N, 7]  f32         the command given AT the frame; it leads to the next one
-    ep_start_end_ids.npy [E, 2] i64      first and last frame of each episode, both INCLUSIVE (CALVIN's convention)
+    ep_start_end_ids.npy [E, 2] i64      first and last frame of each episode, both INCLUSIVE (as in CALVIN)
     meta.json                            source, renderer, image size, seed, versions, and the task segments
 
-Names, layout and units are CALVIN's (20 mm and 0.05 rad a unit of action, gripper -1 close / +1 open).  The built-in
-tabletop and the CALVIN importer write this format, and training reads nothing else.
+Names, layout and units are CALVIN's (20 mm and 0.05 rad a unit of action, gripper -1 close / +1 open).  The
+built-in tabletop and the CALVIN importer write this format, and training reads nothing else.
 
-    python data.py import task_D_D/training --out data/calvin_d     the official CALVIN files -> one packed dataset
+    python data.py import task_D_D/training --out data/calvin_d     CALVIN's files -> one packed dataset
     python data.py inspect data/calvin_d                            what is in it, and a picture of it
 """
 import contextlib
@@ -39,8 +39,9 @@ FIELDS = {  # name: (shape of one frame, dtype); S is the image size
 OPTIONAL = ("scene_obs",)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing: files appear whole or not at all, so that a kill in the middle never leaves half a dataset that looks like one.
+# ------------------------------------------------------------------------------------------------------------
+# Writing: files appear whole or not at all, so that a kill in the middle never leaves half a dataset that
+# looks like one.
 
 def save_part(path, episode):
     """Write one recorded episode (a dict of the FIELDS) as an .npz; numpy's own default keys."""
@@ -55,7 +56,7 @@ def frame_bytes(size):
 def pack(parts, out, meta, segments=None):
     """Concatenate recorded episodes into a dataset folder.
 
-    parts: paths of .npz files, one an episode, each with the FIELDS (scene_obs may be missing in all of them).
+    parts: paths of .npz files, one an episode, each with the FIELDS (scene_obs may be missing in all).
     segments: one (task, first, last) an episode, frame numbers within it, or None.
     Writes through plain files: a memory map would crash the program on a full disk, without a word."""
     out = Path(out)
@@ -83,7 +84,14 @@ def pack(parts, out, meta, segments=None):
         placed = []
         for first, (task, a, b) in zip(ids[:, 0], segments or ()):
             placed.append([task, int(first) + a, int(first) + b])
-        meta = dict(meta, frames=int(ends[-1]), image_size=size, segments=placed, numpy=np.__version__, written=time.strftime("%Y-%m-%d"))
+        meta = dict(
+            meta,
+            frames=int(ends[-1]),
+            image_size=size,
+            segments=placed,
+            numpy=np.__version__,
+            written=time.strftime("%Y-%m-%d"),
+        )
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     replace_folder(temporary, out)
 
@@ -97,24 +105,30 @@ def npy_start(file, shape, dtype):
 
 def sized_fields(size):
     """FIELDS with the image size filled in: {name: (shape of one frame, dtype)}."""
-    return {key: (tuple(size if d == "S" else d for d in shape), dtype) for key, (shape, dtype) in FIELDS.items()}
+    sized = {}
+    for key, (shape, dtype) in FIELDS.items():
+        sized[key] = tuple(size if d == "S" else d for d in shape), dtype
+    return sized
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
 
 class Dataset:
-    """A recorded dataset, memory-mapped.  ds["robot_obs"] is an array [N, 15]; ds.episodes is [E, 2] with inclusive ends;
-    ds.segments is a list of (task, first, last) frame numbers, both inclusive; ds.meta is the content of meta.json.
+    """A recorded dataset, memory-mapped.
 
-    frames_in: the folder of the frames, if they lie in another one than the index (play that is somebody's --data).
-    Without scene state (no scene_obs.npy, or nothing but zeros in it) has_scene is False and ds["scene_obs"] is zero."""
+    ds["robot_obs"] is an array [N, 15]; ds.episodes is [E, 2] with inclusive ends; ds.segments is a list of
+    (task, first, last) frame numbers, both inclusive; ds.meta is the content of meta.json.
+
+    frames_in: the folder of the frames, if they lie in another one than the index (somebody's --data).
+    Without scene state (no scene_obs.npy, or nothing but zeros in it) has_scene is False and ds["scene_obs"]
+    is zero."""
 
     def __init__(self, path, frames_in=None):
         self.path = Path(path)
         if not (self.path / "meta.json").exists():
-            raise InputError(f"there is no dataset in {self.path} (meta.json is missing): record one with --stage play and "
-                             f"--stage demos, or import CALVIN with 'python data.py import'")
+            raise InputError(f"there is no dataset in {self.path} (meta.json is missing): record one with "
+                             "--stage play and --stage demos, or import CALVIN with 'python data.py import'")
         self.arrays = {}
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
@@ -124,7 +138,8 @@ class Dataset:
                     self.arrays[key] = np.load(folder / f"{key}.npy", mmap_mode="r")
             self.episodes = np.load(self.path / "ep_start_end_ids.npy")
             self.segments = [tuple(s) for s in self.meta["segments"]]
-            self.frames, self.image_size = int(self.meta["frames"]), int(self.meta["image_size"])
+            self.frames = int(self.meta["frames"])
+            self.image_size = int(self.meta["image_size"])
         except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"the dataset in {self.path} is damaged ({type(error).__name__}: {error}): "
                              f"delete the folder and record or import it again") from error
@@ -133,19 +148,22 @@ class Dataset:
         self.has_scene = bool(np.any(self.arrays["scene_obs"]))
 
     def check(self):
-        n, s = self.frames, self.image_size
-        for key, (shape, dtype) in FIELDS.items():
-            want = (n,) + tuple(s if d == "S" else d for d in shape)
-            if self.arrays[key].shape != want or self.arrays[key].dtype != dtype:
-                raise InputError(f"{self.path}/{key}.npy holds {self.arrays[key].dtype} {self.arrays[key].shape} where {np.dtype(dtype)} {want} "
-                                 f"is expected: delete the folder and record or import it again")
+        n = self.frames
+        for key, (shape, dtype) in sized_fields(self.image_size).items():
+            have = self.arrays[key]
+            want = (n, *shape)
+            if have.shape != want or have.dtype != dtype:
+                raise InputError(f"{self.path}/{key}.npy holds {have.dtype} {have.shape} where "
+                                 f"{np.dtype(dtype)} {want} is expected: "
+                                 "delete the folder and record or import it again")
         for key in ("robot_obs", "scene_obs", "rel_actions"):
             bad = np.flatnonzero(~np.isfinite(self.arrays[key]).all(1))
             if len(bad):
-                raise InputError(f"{self.path}/{key}.npy has a NaN or infinity at frame {bad[0]} ({len(bad)} frames): "
-                                 f"delete the folder and record or import it again")
+                raise InputError(f"{self.path}/{key}.npy has a NaN or infinity at frame {bad[0]} "
+                                 f"({len(bad)} frames): delete the folder and record or import it again")
         if len(self.episodes) == 0 or self.episodes.min() < 0 or self.episodes.max() >= n:
-            raise InputError(f"{self.path}/ep_start_end_ids.npy names frames outside 0..{n - 1}: delete the folder and record or import it again")
+            raise InputError(f"{self.path}/ep_start_end_ids.npy names frames outside 0..{n - 1}: "
+                             "delete the folder and record or import it again")
 
     def __getitem__(self, key):
         return self.arrays[key]
@@ -154,10 +172,13 @@ class Dataset:
         return self.frames
 
     def split(self):
-        """Episodes [E1, 2] to train on and [E2, 2] to test on: every tenth is held out, so both cover the whole recording."""
+        """Episodes [E1, 2] to train on and [E2, 2] to test on.
+
+        Every tenth is held out, so both cover the whole recording."""
         test = np.arange(len(self.episodes)) % HELD_OUT == HELD_OUT - 1
         if not test.any():
-            raise InputError(f"{self.path} has {len(self.episodes)} episodes, too few to hold one out of {HELD_OUT}: record more play")
+            raise InputError(f"{self.path} has {len(self.episodes)} episodes, too few to hold one out of "
+                             f"{HELD_OUT}: record more play")
         return self.episodes[~test], self.episodes[test]
 
     def judging_length(self, most):
@@ -169,16 +190,20 @@ HELD_OUT = 10                                               # one episode of so 
 
 
 def window_starts(episodes, length):
-    """First frames of all windows of `length` frames that stay inside one episode.  episodes: [E, 2], ends inclusive -> [W] i64."""
+    """First frames of all windows of `length` frames that stay inside one episode.
+
+    episodes: [E, 2], ends inclusive -> [W] i64."""
     starts = [np.arange(a, b - length + 2) for a, b in episodes if b - a + 1 >= length]
     if not starts:
-        raise InputError(f"no episode is {length} frames long: record longer episodes or choose a smaller --wm_length, --wm_stride or --play_episode")
+        raise InputError(f"no episode is {length} frames long: record longer episodes or choose a smaller "
+                         "--wm_length, --wm_stride or --play_episode")
     return np.concatenate(starts)
 
 
 def action_chunks(actions, episodes, horizon):
-    """The next `horizon` actions at every frame; past an episode's end the motion is zero and the gripper keeps its command.
+    """The next `horizon` actions at every frame.
 
+    Past an episode's end the motion is zero and the gripper keeps its command.
     actions: [N, 7] -> chunks [N, horizon, 7]; frames outside the given episodes are zero."""
     chunks = np.zeros((len(actions), horizon, 7), np.float32)
     for a, b in episodes:
@@ -191,35 +216,43 @@ def action_chunks(actions, episodes, horizon):
 
 @functools.lru_cache(maxsize=None)
 def area_weights(n, size):
-    """How much of each input pixel lies under each output pixel when n pixels become size: [q, p] f32, with p / q = n / size.
+    """How much of each input pixel lies under each output pixel when n pixels become size.
 
-    200 -> 64 repeats itself every 25 -> 8 pixels, and one such block is all of the matrix that is not zero: 8 times less work.
-    The weights are whole numbers, an input pixel being q wide and an output pixel p, so nothing is rounded before the end."""
-    p, q = n // math.gcd(n, size), size // math.gcd(n, size)
-    left_in, left_out = np.arange(p) * q, np.arange(q)[:, None] * p
+    -> [q, p] f32, with p / q = n / size: 200 -> 64 repeats itself every 25 -> 8 pixels, and one such block is
+    all of the matrix that is not zero: 8 times less work.
+    The weights are whole numbers, an input pixel being q wide and an output pixel p, so nothing is rounded
+    before the end."""
+    p = n // math.gcd(n, size)
+    q = size // math.gcd(n, size)
+    left_in = np.arange(p) * q
+    left_out = np.arange(q)[:, None] * p
     overlap = np.minimum(left_in + q, left_out + p) - np.maximum(left_in, left_out)      # [q, p]
     return np.maximum(overlap, 0).astype(np.float32)
 
 
 def area_resize(image, size):
-    """Average the exact area under each output pixel, fractions of pixels included, as OpenCV's INTER_AREA does when it shrinks.
+    """Average the exact area under each output pixel, as OpenCV's INTER_AREA does when it shrinks.
 
-    image: [H, W, 3] u8 -> [size, size, 3] u8, rounded.  A policy must see the simulator through this same function."""
+    Fractions of pixels are included.  image: [H, W, 3] u8 -> [size, size, 3] u8, rounded.
+    A policy must see the simulator through this same function."""
     h, w, c = image.shape
     if h == w == size:
         return image
-    rows, columns = area_weights(h, size), area_weights(w, size)
-    x = rows @ image.reshape(-1, rows.shape[1], w * c).astype(np.float32)                # [H / p, q, W * 3]
-    x = x.reshape(size, w, c).transpose(1, 0, 2).reshape(-1, columns.shape[1], size * c)  # [W / p, p, size * 3]
-    x = (columns @ x).reshape(size, size, c).transpose(1, 0, 2)                          # [size, size, 3]
+    rows = area_weights(h, size)
+    columns = area_weights(w, size)
+    x = rows @ image.reshape(-1, rows.shape[1], w * c).astype(np.float32)               # [H / p, q, W * 3]
+    x = x.reshape(size, w, c).transpose(1, 0, 2)                                        # [W, size, 3]
+    x = x.reshape(-1, columns.shape[1], size * c)                                       # [W / p, p, size * 3]
+    x = (columns @ x).reshape(size, size, c).transpose(1, 0, 2)                         # [size, size, 3]
     return np.rint(x / (rows.shape[1] * columns.shape[1])).astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A dataset as the world model reads it.  Two things that the plain arrays leave open are settled here, once, for training, dreams and the robot
-# alike: which action belongs to which frame (the one executed BEFORE it), and where the arm was told to be (the commanded pose, which no camera sees).
+# ------------------------------------------------------------------------------------------------------------
+# A dataset as the world model reads it.  Two things that the plain arrays leave open are settled here, once,
+# for training, dreams and the robot alike: which action belongs to which frame (the one executed BEFORE it),
+# and where the arm was told to be (the commanded pose, which no camera sees).
 
-HOME_POSE = torch.tensor([0.03, -0.23, 0.55, math.pi, 0.0, math.pi / 2])            # m, rad: the tool points straight down
+HOME_POSE = torch.tensor([0.03, -0.23, 0.55, math.pi, 0.0, math.pi / 2])  # m, rad: the tool points down
 HOME_JOINTS = torch.tensor([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])
 POSE_SCALE = torch.tensor([0.1, 0.1, 0.1, 0.3, 0.3, 0.3])
 
@@ -230,8 +263,10 @@ def wrap(angle):
 
 def encode_pose(pose):
     """TCP pose [..., 6] in m and rad -> about unit scale, continuous where roll jumps from pi to -pi."""
-    home, scale = HOME_POSE.to(pose), POSE_SCALE.to(pose)
-    return torch.cat([pose[..., :3] - home[:3], wrap(pose[..., 3:] - home[3:])], -1) / scale          # [..., 6]
+    home = HOME_POSE.to(pose)
+    position = pose[..., :3] - home[:3]
+    rotation = wrap(pose[..., 3:] - home[3:])
+    return torch.cat([position, rotation], -1) / POSE_SCALE.to(pose)                     # [..., 6]
 
 
 def decode_pose(code):
@@ -240,9 +275,11 @@ def decode_pose(code):
 
 def encode_proprio(robot_obs):
     """CALVIN's robot_obs [..., 15] -> the same 15 numbers at about unit scale."""
-    width, command = robot_obs[..., 6:7] / 0.04 - 1, robot_obs[..., 14:15]
+    pose = encode_pose(robot_obs[..., :6])
+    width = robot_obs[..., 6:7] / 0.04 - 1
     joints = (robot_obs[..., 7:14] - HOME_JOINTS.to(robot_obs)) / 0.5
-    return torch.cat([encode_pose(robot_obs[..., :6]), width, joints, command], -1)                   # [..., 15]
+    command = robot_obs[..., 14:15]
+    return torch.cat([pose, width, joints, command], -1)                                 # [..., 15]
 
 
 def encode_command(target, gripper):
@@ -250,21 +287,27 @@ def encode_command(target, gripper):
     return torch.cat([encode_pose(target), gripper], -1)
 
 
-SHOWN = 5                                                    # frames at a segment's end that show success, where no rule can tell
+SHOWN = 5                                # frames at a segment's end that show success, where no rule can tell
 
 
 class Recording:
-    """A dataset as the world model wants it: actions shifted by one, commanded poses, proprioception, and codes where the encoder is linear.
+    """A dataset as the world model wants it.
+
+    Actions shifted by one, commanded poses, proprioception, and codes where the encoder is linear.
 
     Frames stay on the host; batch() moves windows to the device."""
 
     def __init__(self, cfg, dataset, wm=None):
-        self.cfg, self.ds = cfg, dataset
-        robot, actions = np.array(dataset["robot_obs"]), np.array(dataset["rel_actions"])
-        # CALVIN's own recordings hold the measured motion, not the command: how far the target led the arm is unknown
+        self.cfg = cfg
+        self.ds = dataset
+        robot = np.array(dataset["robot_obs"])
+        actions = np.array(dataset["rel_actions"])
+        # CALVIN's own recordings hold the measured motion, not the command: how far the target led the arm is
+        # unknown
         self.lead = dataset.meta.get("source") != "calvin"
-        target = commanded_targets(robot, actions, dataset.episodes, self.lead)                       # [N, 6]
-        before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])                         # the action executed before the frame
+        target = commanded_targets(robot, actions, dataset.episodes, self.lead)          # [N, 6]
+        # the action executed before the frame
+        before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])
         first = dataset.episodes[:, 0]
         before[first] = 0
         gripper = before[:, 6:].copy()
@@ -285,7 +328,8 @@ class Recording:
     def success(self, task, start, frames):
         """Is the task done at `frames`, seen from frame `start`?  -> bool of their common shape
 
-        Without a rule it is done in the last five frames of a segment of that name, because whoever cut it there says so."""
+        Without a rule it is done in the last five frames of a segment of that name, because whoever cut it
+        there says so."""
         start, frames = np.broadcast_arrays(start, frames)
         if self.has_rule(task):
             return success(task, self.scene[start], self.scene[frames])
@@ -300,35 +344,43 @@ class Recording:
         device = wm.codec.static_mean.device
         parts = []
         for a in range(0, len(self.ds), 2000):
-            frames = [torch.from_numpy(np.array(self.ds[k][a:a + 2000])).to(device) for k in ("rgb_static", "rgb_gripper")]
+            both = (np.array(self.ds[key][a:a + 2000]) for key in ("rgb_static", "rgb_gripper"))
+            frames = [torch.from_numpy(pictures).to(device) for pictures in both]
             parts.append(wm.codec.encode(*frames).cpu())
-        self.codes = torch.cat(parts)                                                                 # [N, k]
+        self.codes = torch.cat(parts)                                                    # [N, k]
 
     def batch(self, frames):
-        """frames [..., T] of frame numbers, wm_stride apart -> tensors on the device; action, command [..., T, stride * 7]: those that led to each frame.
+        """frames [..., T] of frame numbers, wm_stride apart -> tensors on the device.
 
+        action, command [..., T, stride * 7]: those that led to each frame.
         The first action of a window is erased: nothing came before it."""
         frames = np.asarray(frames)
-        steps = frames[..., None] + np.arange(1 - self.cfg.wm_stride, 1)                              # [..., T, stride]
+        device = self.cfg.device
+        steps = frames[..., None] + np.arange(1 - self.cfg.wm_stride, 1)                 # [..., T, stride]
         steps[..., 0, :] = frames[..., :1]
-        index, device = torch.from_numpy(frames), self.cfg.device
-        out = {k: getattr(self, k)[torch.from_numpy(steps)].flatten(-2).to(device) for k in ("action", "command")}
+        steps = torch.from_numpy(steps)
+        index = torch.from_numpy(frames)
+        out = {k: getattr(self, k)[steps].flatten(-2).to(device) for k in ("action", "command")}
         out["action"][..., 0, :] = 0
         out["proprio"] = self.proprio[index].to(device)
         if self.codes is not None:
             out["codes"] = self.codes[index].to(device)
         else:
             for k in ("rgb_static", "rgb_gripper"):
-                out[k] = torch.from_numpy(self.ds[k][frames.reshape(-1)].reshape(*frames.shape, *self.ds[k].shape[1:])).to(device)
+                pictures = self.ds[k][frames.reshape(-1)]                                # [... * T, S, S, 3]
+                out[k] = torch.from_numpy(pictures.reshape(*frames.shape, *pictures.shape[1:])).to(device)
         return out
 
 
 def commanded_targets(robot_obs, actions, episodes, lead=True):
-    """Integrate the commands exactly as the simulator does: target[t+1] = advance(target[t], action[t], measured tcp[t]).  -> [N, 6] f32
+    """Integrate the commands exactly as the simulator does.  -> [N, 6] f32
 
-    Without `lead` it is advance(tcp[t], action[t], tcp[t]).  All episodes advance together, one time step a loop."""
+    target[t+1] = advance(target[t], action[t], measured tcp[t]).
+    Without `lead` it is advance(tcp[t], action[t], tcp[t]).
+    All episodes advance together, one time step a loop."""
     target = np.zeros((len(robot_obs), 6), np.float32)
-    first, lengths = episodes[:, 0], episodes[:, 1] - episodes[:, 0] + 1
+    first = episodes[:, 0]
+    lengths = episodes[:, 1] - first + 1
     target[first] = robot_obs[first, :6]
     for t in range(lengths.max() - 1):
         now = first[lengths > t + 1] + t
