@@ -1,13 +1,14 @@
 """A small CALVIN-D tabletop in PyBullet: eight tasks, two cameras, a scripted expert and play.
 
-    python calvin_sim.py check [--task open_drawer] [--n 100]     success and steps of the scripted expert
-    python calvin_sim.py check --sim calvin --calvin-root PATH    in the real simulator (support/calvin_real.py)
-    python calvin_sim.py play-stats [--steps 5000]                events per 1,000 play steps, steps per second
-    python calvin_sim.py view [--out view.png]                    one contact sheet of both cameras
+    python calvin_sim.py check [--task open_drawer] [--n 100]    success and steps of the scripted expert
+    python calvin_sim.py check --sim calvin --calvin-root PATH   the same in the real simulator, see
+                                                                 support/calvin_real.py
+    python calvin_sim.py play-stats [--steps 5000]               events per 1,000 play steps, steps per second
+    python calvin_sim.py view [--out view.png]                   one contact sheet of both cameras
 
-A Franka Panda stands at a desk with a drawer, a sliding door, a lever that lights a bulb, a button that toggles
-an LED and three loose blocks, at the poses, axes, limits and thresholds measured in the real CALVIN simulator
-(scene D).
+A Franka Panda stands at a desk with a drawer, a sliding door, a lever that lights a bulb, a button that
+toggles an LED and three loose blocks, at the poses, axes, limits and thresholds measured in the real CALVIN
+simulator (scene D).
 World frame: x right, y into the desk, z up; metres, radians, extrinsic xyz Euler angles (roll, pitch, yaw).
 
     robot_obs [15]  0-2 tcp position, 3-5 tcp Euler, 6 gripper opening (m), 7-13 arm joints,
@@ -17,8 +18,9 @@ World frame: x right, y into the desk, z up; metres, radians, extrinsic xyz Eule
     action    [7]   dx dy dz (x 0.02 m), droll dpitch dyaw (x 0.05 rad), gripper (>= 0 opens),
                     all in [-1, 1], 30 Hz
 
-Departures from CALVIN: plain colours and low-polygon links (a step with both pictures is 20 times faster); the
-target pose may lead the measured one by WINDUP_* at most; an episode depends on its start and its actions only.
+Departures from CALVIN: plain colours and low-polygon links (a step with both pictures is 20 times faster);
+the target pose may lead the measured one by WINDUP_* at most; an episode depends on its start and its actions
+only.
 """
 import contextlib
 import os
@@ -59,7 +61,7 @@ MAX_REL_ORN = 0.05                           # and rad
 WINDUP_POS = 0.06                            # how far the target may lead the measured tcp, per component: m,
 WINDUP_ORN = 0.15                            # and rad
 ROBOT_BASE = (-0.34, -0.46, 0.24)
-HOME = np.array([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])  # CALVIN's default arm joints, rad
+HOME = np.array([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])  # CALVIN's arm joints, rad
 HOME_TCP = np.array([0.0259, -0.2313, 0.5713])
 TIP = 0.0157                                 # fingertips beyond the tcp, along the tool: m
 ARM = tuple(range(7))                        # joints of the robot
@@ -69,7 +71,7 @@ TCP_LINK = 11
 JOINT_LOW = np.array([-2.9671, -1.8326, -2.9671, -3.1416, -2.9671, -0.0873, -2.9671])
 JOINT_HIGH = np.array([2.9671, 1.8326, 2.9671, 0.0, 2.9671, 3.8223, 2.9671])
 SLIDER, DRAWER, BUTTON, SWITCH, BULB, LED = range(6)     # places in scene_obs
-SUBSTEPS = 8                                 # of 1/240 s; each gets the impulse of a whole step: forces are divided
+SUBSTEPS = 8                                 # of 1/240 s, each with a whole step's impulse: forces are divided
 BULB_AT = 0.044                              # joint thresholds of the two lamps, m
 LED_AT = 0.010
 LIMITS = (0.28, 0.22, 0.02, 0.088)           # travel of slider, drawer, button, switch, m
@@ -125,7 +127,9 @@ def possible(task_name, scene):
 
 
 def sample_start(task_name, rng):
-    """Draw (robot_obs [15], scene_obs [24]) in which `task_name` is yet to be done; everything else is random."""
+    """Draw (robot_obs [15], scene_obs [24]) in which `task_name` is yet to be done.
+
+    Everything else is random."""
     task = TASKS[task_name]
     scene = np.zeros(24, np.float32)
     far = rng.random(6) < 0.5                            # which fixtures are left / open / up / lit
@@ -138,7 +142,7 @@ def sample_start(task_name, rng):
     scene[LED] = far[LED]
     surfaces = ((0.0, 0.35, -0.15, -0.03), (-0.32, -0.16, 0.05, 0.12), (-0.05, 0.13, 0.05, 0.12))
     centres = []
-    while len(centres) < 3:                              # 0.1 m apart: the longest block has a half diagonal of 0.045
+    while len(centres) < 3:                  # 0.1 m apart: the longest block has a half diagonal of 0.045
         x0, x1, y0, y1 = surfaces[rng.choice(3, p=(0.6, 0.2, 0.2))]
         centre = np.array([rng.uniform(x0, x1), rng.uniform(y0, y1)])
         if all(np.linalg.norm(centre - other) > 0.1 for other in centres):
@@ -181,7 +185,7 @@ def checked_action(action):
 
 
 # ---- Geometry of rotations and of the arm ------------------------------------------------------------------
-PANDA = (            # joint frames in their parents: Euler angles in quarter turns, then position (from its URDF)
+PANDA = (  # joint frames in their parents: Euler angles in quarter turns, then position (from its URDF)
     ((0, 0, 0), (0, 0, 0.333)),
     ((-1, 0, 0), (0, 0, 0)),
     ((1, 0, 0), (0, -0.316, 0)),
@@ -199,7 +203,7 @@ def forward_kinematics(joints):
     for (turn, offset), q in zip(PANDA, joints):
         position = position + rotation @ np.array(offset)
         rotation = rotation @ euler_matrix(np.array(turn) * np.pi / 2) @ euler_matrix(np.array([0, 0, q]))
-    rotation = rotation @ euler_matrix(np.array([0, 0, -np.pi / 4]))       # the hand is mounted at -45 degrees
+    rotation = rotation @ euler_matrix(np.array([0, 0, -np.pi / 4]))     # the hand is mounted at -45 degrees
     position = position + rotation[:, 2] * (0.107 + TCP_OFFSET)
     roll = np.arctan2(rotation[2, 1], rotation[2, 2])
     pitch = -np.arcsin(rotation[2, 0])
@@ -210,7 +214,7 @@ def forward_kinematics(joints):
 def advance_target(target, action, tcp, keep=1):
     """The commanded pose after one action, as the simulator and the dream both integrate it.
 
-    target [..., 6] commanded pose, action [..., >= 6] in [-1, 1], tcp [..., 6] measured pose -> target [..., 6].
+    target [..., 6] commanded pose, action [..., >= 6] in [-1, 1], tcp [..., 6] measured -> target [..., 6].
     keep: 0 forgets the lead that target had over tcp, 1 does not. Angles are wrapped; the lead over tcp is
     clamped per component, so that a blocked arm does not wind up. Numpy or torch.
     """
@@ -283,8 +287,8 @@ class Tabletop:
                 look = pb.createVisualShape(pb.GEOM_BOX, halfExtents=half, rgbaColor=(*colour, 1), **c)
                 shape = pb.createCollisionShape(pb.GEOM_BOX, halfExtents=half, **c)
                 self.blocks.append(pb.createMultiBody(1.0, shape, look, (0, 0, 1), **c))
-                friction = dict(lateralFriction=0.7, activationState=pb.ACTIVATION_STATE_ENABLE_SLEEPING)
-                pb.changeDynamics(self.blocks[-1], -1, **friction, **c)
+                sleeping = pb.ACTIVATION_STATE_ENABLE_SLEEPING
+                pb.changeDynamics(self.blocks[-1], -1, lateralFriction=0.7, activationState=sleeping, **c)
             self.desk = pb.loadURDF(f"{folder}/desk.urdf", **urdf)
         # a block may fall; the floor is not drawn: slow
         shape = pb.createCollisionShape(pb.GEOM_BOX, halfExtents=(3, 3, 0.1), **c)
@@ -424,11 +428,11 @@ class Tabletop:
         eye = position + rotation @ np.array([-0.1, 0, -TCP_OFFSET])
         camera = rotation @ GRIPPER_CAM
         view = pb.computeViewMatrix(eye, eye + camera[:, 1], -camera[:, 2])
-        self._paint(self.scenery, 0)                     # the fixed desk is drawn once, what moves is merged by depth
+        self._paint(self.scenery, 0)         # the fixed desk is drawn once, what moves is merged by depth
         moving, depth = self._shoot(STATIC_VIEW, STATIC_LENS)
         self._paint(self.scenery, 1)
         static = np.where(depth < self.background[1], moving, self.background[0])
-        self._paint(self.behind, 0)                      # never before the hand camera, but it would cost time
+        self._paint(self.behind, 0)          # never before the hand camera, but it would cost time
         gripper = self._shoot(view, GRIPPER_LENS)[0]
         self._paint(self.behind, 1)
         return [colours(static), colours(gripper)]
