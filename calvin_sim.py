@@ -71,7 +71,7 @@ TCP_LINK = 11
 JOINT_LOW = np.array([-2.9671, -1.8326, -2.9671, -3.1416, -2.9671, -0.0873, -2.9671])
 JOINT_HIGH = np.array([2.9671, 1.8326, 2.9671, 0.0, 2.9671, 3.8223, 2.9671])
 SLIDER, DRAWER, BUTTON, SWITCH, BULB, LED = range(6)     # places in scene_obs
-SUBSTEPS = 8                                 # of 1/240 s, each with a whole step's impulse: forces are divided
+SUBSTEPS = 8                                 # of 1/240 s, each with a whole impulse: forces are divided
 BULB_AT = 0.044                              # joint thresholds of the two lamps, m
 LED_AT = 0.010
 LIMITS = (0.28, 0.22, 0.02, 0.088)           # travel of slider, drawer, button, switch, m
@@ -85,7 +85,7 @@ class Task(NamedTuple):
     index: int           # the scene_obs entry that the task changes
     change: float        # fulfilled when that entry has changed by more than this in this direction
     phrase: str
-    holds: tuple = ()    # entries that must be far (left, open, up, lit) at the start and when it is fulfilled
+    holds: tuple = ()    # entries that must be far (left, open, up, lit) at the start and at the end
     skill: str = ""      # the task whose expert it borrows; "" = it has its own in support/expert.py
 
 
