@@ -242,7 +242,7 @@ def take_picture(client, size, view, lens):
     )[2:4]
     if isinstance(picture, tuple):           # PyBullet built without NumPy; nothing is quicker than these two
         picture = bytearray(picture)
-        depth = struct.pack(f"{len(depth)}f", *depth)
+        depth = struct.Struct(f"{size * size}f").pack(*depth)
     shape = size, size
     return np.frombuffer(picture, np.uint32).reshape(shape), np.frombuffer(depth, np.float32).reshape(shape)
 
