@@ -6,10 +6,11 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """Something that the user gave cannot be used.  The message is one sentence: what, where, and what to type next."""
+    """Something that the user gave cannot be used.  The message says what, where and what to type next."""
 
 
-ELSEWHERE = "free some disk space or choose another --runs folder, then run the same command again (finished work is kept)"
+ELSEWHERE = ("free some disk space or choose another --runs folder, then run the same command again "
+             "(finished work is kept)")
 
 
 @contextlib.contextmanager
@@ -22,7 +23,7 @@ def writing(path, advice=ELSEWHERE):
 
 
 def write_atomic(path, write, advice=ELSEWHERE):
-    """Call write(temporary path), then rename it to path: a reader sees the old file or the new one, never a torn one."""
+    """Call write(temporary path), then rename it to path: a reader sees the old file or the new one, whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     with writing(path, advice):
@@ -37,7 +38,8 @@ def write_atomic(path, write, advice=ELSEWHERE):
 
 def free_space(path):
     """Bytes that are free where `path` is, or will be."""
-    return shutil.disk_usage(next(p for p in [Path(path).absolute(), *Path(path).absolute().parents] if p.is_dir())).free
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(p for p in [path, *path.parents] if p.is_dir())).free
 
 
 def replace_folder(temporary, out):

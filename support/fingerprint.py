@@ -1,8 +1,9 @@
 """fingerprint.py: which code made a result?
 
-A stage is a function; what it calls, and what that calls, is found by reading the source (ast), without running it.  Each function, class and
-constant on the way gets a checksum that comments, docstrings and layout do not change.  A class counts as a whole.  Only the method counts
-(METHOD below): a change of how results are stored or printed makes nothing anew.
+A stage is a function; what it calls, and what that calls, is found by reading the source (ast), without running
+it.  Each function, class and constant on the way gets a checksum that comments, docstrings and layout do not
+change.  A class counts as a whole.  Only the method counts (METHOD below): a change of how results are stored or
+printed makes nothing anew.
 """
 import ast
 import functools
@@ -10,22 +11,27 @@ import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-METHOD = ("diwa", "calvin_sim", "data", "support.expert", "support.tabletop_model", "support.calvin_real", "support.evaluate")
-PASSED = ("support.runs", "support.report", "support.files")                 # read to find the way, but not counted
+METHOD = ("diwa", "calvin_sim", "data", "support.calvin_real", "support.evaluate", "support.expert",
+          "support.linear_codec", "support.tabletop_model")
+PASSED = ("support.runs", "support.report", "support.files")     # read to find the way, but not counted
 
 
 @functools.lru_cache(maxsize=None)
 def definitions():
-    """All top-level functions, classes and constants of the project -> {(module, name): (checksum, set of (module, name) that it mentions)}"""
+    """All top-level functions, classes and constants of the project.
+
+    -> {(module, name): (checksum, set of (module, name) that it mentions)}"""
     found = {}
     for module in METHOD + PASSED:
         tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
-        known, nodes = {}, {}                               # name here -> (module, name), or (module, None) for a whole module
+        known = {}                                          # name here -> (module, name), or (module, None)
+        nodes = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     whole = f"{node.module}.{alias.name}"
-                    known[alias.asname or alias.name] = (whole, None) if whole in METHOD + PASSED else (node.module, alias.name)
+                    source = (whole, None) if whole in METHOD + PASSED else (node.module, alias.name)
+                    known[alias.asname or alias.name] = source
             elif isinstance(node, ast.Import):
                 known.update({alias.asname or alias.name: (alias.name, None) for alias in node.names})
         for node in tree.body:
@@ -41,7 +47,11 @@ def names_of(node):
     """The names that a top-level statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else []
+    targets = []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+        targets = [node.target]
     return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
 
 

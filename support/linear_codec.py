@@ -1,0 +1,56 @@
+"""linear_codec.py: principal components of the frames, for machines too slow for convolutions."""
+import math
+
+import torch
+import torch.nn as nn
+
+
+class LinearCodec(nn.Module):
+    """The closed-form linear autoencoder: principal components of the frames.  Distances between codes are
+    distances between images, so a squared error on codes is the image loss, at a fraction of the price of
+    convolutions on a CPU."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.pixels = 3 * cfg.image_size ** 2
+        sizes = {"static": cfg.wm_codes, "gripper": cfg.wm_codes // 2}
+        for name, k in sizes.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(self.pixels))
+            self.register_buffer(f"{name}_basis", torch.zeros(self.pixels, k))
+            self.register_buffer(f"{name}_std", torch.ones(k))
+        self.sizes = list(sizes.values())
+        self.size = sum(self.sizes)
+
+    def fit(self, name, frames):
+        """frames [N, S, S, 3] u8, a sample of the recording."""
+        x = frames.flatten(1).float() / 127.5 - 1                                         # [N, pixels]
+        mean = x.mean(0)
+        k = getattr(self, f"{name}_std").numel()
+        _, s, v = torch.svd_lowrank(x - mean, q=min(k + 16, len(x)), niter=3)
+        for key, value in (("mean", mean), ("basis", v[:, :k]), ("std", s[:k] / math.sqrt(len(x)))):
+            getattr(self, f"{name}_{key}").copy_(value)
+
+    def encode(self, static, gripper):
+        """u8 frames [..., S, S, 3] of both cameras -> codes [..., size], in units of the pixels (-1..1)."""
+        codes = []
+        for name, x in (("static", static), ("gripper", gripper)):
+            x = (x.flatten(-3).float() / 127.5 - 1) - getattr(self, f"{name}_mean")
+            codes.append(x @ getattr(self, f"{name}_basis"))
+        return torch.cat(codes, -1)                                                       # [..., size]
+
+    def whiten(self, codes):
+        """Codes for a network's input.  Square-root whitening lifts small things (a lamp) without shouting
+        noise.
+
+        The largest component gets a std of 3; a camera that shows nothing has std 0."""
+        std = torch.cat([self.static_std, self.gripper_std])
+        return codes / (std * std.max()).sqrt().clamp(min=1e-6) * 3
+
+    def decode(self, codes):
+        """codes -> two images [..., S, S, 3] in -1..1."""
+        side = int(math.sqrt(self.pixels // 3))
+        images = []
+        for name, part in zip(("static", "gripper"), codes.split(self.sizes, -1)):
+            pixels = part @ getattr(self, f"{name}_basis").T + getattr(self, f"{name}_mean")
+            images.append(pixels.unflatten(-1, (side, side, 3)))
+        return images
