@@ -23,7 +23,7 @@ def writing(path, advice=ELSEWHERE):
 
 
 def write_atomic(path, write, advice=ELSEWHERE):
-    """Call write(temporary path), then rename it to path: a reader sees the old file or the new one, whole."""
+    """Call write(temporary path), then rename it to path: a reader sees the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     with writing(path, advice):

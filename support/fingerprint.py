@@ -1,9 +1,9 @@
 """fingerprint.py: which code made a result?
 
-A stage is a function; what it calls, and what that calls, is found by reading the source (ast), without running
-it.  Each function, class and constant on the way gets a checksum that comments, docstrings and layout do not
-change.  A class counts as a whole.  Only the method counts (METHOD below): a change of how results are stored or
-printed makes nothing anew.
+A stage is a function; what it calls, and what that calls, is found by reading the source (ast), without
+running it.  Each function, class and constant on the way gets a checksum that comments, docstrings and
+layout do not change.  A class counts as a whole.  Only the method counts (METHOD below): a change of how
+results are stored or printed makes nothing anew.
 """
 import ast
 import functools
