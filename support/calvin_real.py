@@ -23,6 +23,8 @@ CLONE = "git clone https://github.com/mees/calvin_env"
 PIP = "pip install hydra-core hydra-colorlog scipy numpy-quaternion"
 OVERRIDES = ["scene=calvin_scene_D", "robot=panda_longer_finger", "use_vr=false", "record=false",
              "env.use_egl=false", "env.show_gui=false", "env.use_scene_info=true"]
+HAND = 8                 # the robot's link; its links from 0 to here are most of what there is to draw
+BEYOND = 1.02            # out of view: two of 200 pixels beyond the picture's edge
 RENDERER = "calvin_env, PyBullet TinyRenderer (CPU), 200 and 84 px"
 
 
@@ -65,18 +67,30 @@ def import_calvin_env(root):
     module.get_git_commit_hash = lambda path: "unknown"      # it fails where the folder has no .git
     module.PlayTableSimEnv.__del__ = lambda env: None        # it closes by number, and so the next simulator, which has the same one
     return hydra
-def outline(path, offset, directions=300):
-    """The outermost points of a mesh (an .obj file), moved by offset [3]: [3, N], which the whole mesh lies within, but for hairs."""
-    with open(path) as file:
+
+
+def outline(shape, directions=300):
+    """A shape of getVisualShapeData -> its mesh's outermost points [directions, 3]: it lies within them, but
+    for hairs."""
+    with open(shape[4]) as file:
         points = np.array([line.split()[1:4] for line in file if line.startswith("v ")], float)        # [V, 3]
     around = np.random.default_rng(0).normal(size=(3, directions))
-    return points[np.unique((points @ around).argmax(0))].T + np.reshape(offset, (3, 1))
+    return points[(points @ around).argmax(0)] + shape[5]
+
+
+def merged(above, below):
+    """Two drawings (picture, depth) of one view -> one.
+
+    Depths are rounded: where they are alike `above` shows, as it mostly does if both are drawn at once."""
+    shows = above[1] <= below[1]
+    return np.where(shows, above[0], below[0]), np.where(shows, above[1], below[1])
 
 
 class RealCalvin:
     """calvin_env with the interface of Tabletop.  Frames are rendered at CALVIN's own sizes (200 and 84 px) and averaged down.
 
-    The pictures are calvin_env's own, at less than half the price: what never moves is drawn once, and what cannot be seen is not.
+    The pictures are calvin_env's own, at half the price: what stands still is not drawn again, and what is
+    out of view not at all.
     One a process: some of calvin_env's calls go to the first physics client, whoever owns it."""
 
     def __init__(self, image_size=64, render=True, root=None):
@@ -101,64 +115,78 @@ class RealCalvin:
         self.reset(seed=0)
 
     def _sort_shapes(self):
-        """List what the views can do without, and draw once what never moves."""
+        """What is drawn, by how it moves; and a first drawing of what never does."""
         client, robot, table = self.env.cid, self.env.robot.robot_uid, self.button.uid
-        bodies = [pb.getBodyUniqueId(i, client) for i in range(pb.getNumBodies(client))]
-        shapes = [(*data[:2], data[7][:3]) for body in bodies for data in pb.getVisualShapeData(body, physicsClientId=client)]
-        lamps = [light.link_id for light in self.env.scene.lights]       # fixed, too, but they change their colour
-        fixed = [link for link in range(pb.getNumJoints(table, client)) if pb.getJointInfo(table, link, client)[2] == pb.JOINT_FIXED]
-        still = {(table, link) for link in fixed if link not in lamps} | {(robot, -1), (table, -1)}
-        still |= {(body, -1) for body in bodies if body not in (robot, table) and pb.getDynamicsInfo(body, -1, client)[0] == 0}
-        self.scenery = [shape for shape in shapes if shape[:2] in still]
-        self.arm = [shape for shape in shapes if shape[0] == robot and shape[1] < 7]
-        self.outlines = {data[1]: outline(data[4].decode(), data[5]) for data in pb.getVisualShapeData(robot, physicsClientId=client)
-                         if 0 <= data[1] < 5}
-        self.wrist = [shape for shape in self.arm if shape[1] >= 4]      # always behind the camera at the hand
-        moving = [shape for shape in shapes if shape not in self.scenery]
-        self._paint(moving, 0)
-        self.background = self._shoot("static", self.cameras["static"].viewMatrix)
-        self._paint(moving, 1)
+        lamps = [light.link_id for light in self.env.scene.lights]       # they stand still, but change colour
+        links = range(pb.getNumJoints(table, client))
+        self.joints = [link for link in links if pb.getJointInfo(table, link, client)[2] != pb.JOINT_FIXED]
+        self.scenery, self.moving, self.arm, outlines = [], [], [], []   # lists of (body, link, colour)
+        for body in (pb.getBodyUniqueId(i, client) for i in range(pb.getNumBodies(client))):
+            loose = body not in (robot, table) and pb.getDynamicsInfo(body, -1, client)[0] > 0
+            for shape in pb.getVisualShapeData(body, physicsClientId=client):
+                link = shape[1]
+                drawn = body, link, shape[7][:3]
+                if loose or body == robot and link >= 0:
+                    self.moving.append(drawn)
+                elif body != table or link not in self.joints + lamps:
+                    self.scenery.append(drawn)
+                if body == robot and 0 <= link <= HAND:
+                    self.arm.append(drawn)
+                    outlines.append(outline(shape))
+        self.outlines = np.stack(outlines)               # [links, directions, 3]
+        view = self.cameras["static"].viewMatrix
+        self.background = self._draw("static", view, self._fixtures() + self.moving)
+        self.still, self.still_shows = self.background, None
+
+    def _fixtures(self):
+        """What is drawn of the table's doors, button, switch and lamps, in today's colours."""
+        table, scenery = self.button.uid, {drawn[:2] for drawn in self.scenery}
+        shapes = pb.getVisualShapeData(table, physicsClientId=self.env.cid)
+        return [(table, shape[1], shape[7][:3]) for shape in shapes if (table, shape[1]) not in scenery]
 
     def _paint(self, shapes, alpha):
         """Show (alpha 1) or hide (0) shapes, given as (body, link, colour)."""
         for body, link, colour in shapes:
             pb.changeVisualShape(body, link, rgbaColor=(*colour, alpha), physicsClientId=self.env.cid)
 
-    def _shoot(self, name, view):
-        return take_picture(self.env.cid, self.cameras[name].width, view, self.lenses[name])
+    def _draw(self, name, view, hidden):
+        """What a camera sees without the hidden shapes.  -> picture [S, S] u32, depth [S, S]"""
+        self._paint(hidden, 0)
+        drawing = take_picture(self.env.cid, self.cameras[name].width, view, self.lenses[name])
+        self._paint(hidden, 1)
+        return drawing
 
     def _out_of_view(self, name, view):
-        """The links of the upper arm that a camera cannot see now: all their points lie beyond one side of its picture, or behind it."""
-        onto_screen = np.reshape(self.lenses[name], (4, 4)).T @ np.reshape(view, (4, 4)).T
-        hidden = []
-        for shape in self.arm:
-            if shape[1] not in self.outlines:
-                continue
-            position, orientation = pb.getLinkState(*shape[:2], physicsClientId=self.env.cid)[4:6]
-            turn = np.reshape(pb.getMatrixFromQuaternion(orientation), (3, 3))
-            points = turn @ self.outlines[shape[1]] + np.reshape(position, (3, 1))               # [3, N]
-            x, y, _, w = onto_screen[:, :3] @ points + onto_screen[:, 3:]                        # seen: -w < x < w and -w < y < w
-            if any((side > 1.02 * w).all() for side in (x, -x, y, -y)) or (w < 0).all():
-                hidden.append(shape)
-        return hidden
+        """The links of the arm that a camera cannot see now: all their points lie beyond one side of its
+        picture, or behind it."""
+        poses = [pb.getLinkState(*drawn[:2], physicsClientId=self.env.cid)[4:6] for drawn in self.arm]
+        places = np.array([place for place, _ in poses])
+        turns = np.reshape([pb.getMatrixFromQuaternion(turn) for _, turn in poses], (-1, 3, 3))
+        points = self.outlines @ turns.transpose(0, 2, 1) + places[:, None]
+        onto_screen = np.reshape(view, (4, 4)) @ np.reshape(self.lenses[name], (4, 4))
+        x, y, _, w = np.moveaxis(points @ onto_screen[:3] + onto_screen[3], -1, 0)
+        edge = BEYOND * w                                # seen: -w < x < w and -w < y < w
+        out = np.stack([x > edge, -x > edge, y > edge, -y > edge, w < 0])        # [sides, links, directions]
+        return [self.arm[i] for i in np.flatnonzero(out.all(-1).any(0))]
 
     def _pictures(self):
-        """Both cameras, without what they cannot see, the static one over its background.  -> {name: [S, S, 3] u8}"""
+        """Both cameras at their own sizes, each without what it cannot see.  -> {name: [S, S, 3] u8}"""
         view = self.cameras["static"].viewMatrix
-        hidden = self.scenery + self._out_of_view("static", view)
-        self._paint(hidden, 0)
-        moving, depth = self._shoot("static", view)
-        self._paint(hidden, 1)
-        pictures = {"rgb_static": np.where(depth < self.background[1], moving, self.background[0])}
+        fixtures = self._fixtures()
+        states = pb.getJointStates(self.button.uid, self.joints, self.env.cid)
+        shows = fixtures, [state[0] for state in states]
+        if shows != self.still_shows:                    # in two frames of three nothing of it has changed
+            self.still = merged(self._draw("static", view, self.scenery + self.moving), self.background)
+            self.still_shows = shows
+        moving = self._draw("static", view, self.scenery + fixtures + self._out_of_view("static", view))
+        static = merged(moving, self.still)[0]
         camera = self.cameras["gripper"]
-        position, orientation = pb.getLinkState(camera.robot_uid, camera.gripper_cam_link, physicsClientId=self.env.cid)[:2]
+        hand = pb.getLinkState(camera.robot_uid, camera.gripper_cam_link, physicsClientId=self.env.cid)
+        position, orientation = hand[:2]
         turn = np.reshape(pb.getMatrixFromQuaternion(orientation), (3, 3))
         view = pb.computeViewMatrix(position, position + turn[:, 1], -turn[:, 2])
-        hidden = self.wrist + self._out_of_view("gripper", view)
-        self._paint(hidden, 0)
-        pictures["rgb_gripper"] = self._shoot("gripper", view)[0]
-        self._paint(hidden, 1)
-        return {name: area_resize(colours(picture), self.image_size) for name, picture in pictures.items()}
+        gripper = self._draw("gripper", view, self._out_of_view("gripper", view))[0]
+        return {"rgb_static": colours(static), "rgb_gripper": colours(gripper)}
 
     def close(self):
         """Free the physics client; the object is of no use afterwards.  May be called twice."""
@@ -196,5 +224,6 @@ class RealCalvin:
         obs = {"robot_obs": raw["robot_obs"].astype(np.float32), "scene_obs": raw["scene_obs"].astype(np.float32)}
         self.tcp = obs["robot_obs"][:6].astype(float)    # as recorded, so that a dream can repeat the bookkeeping exactly
         if self.cameras and look:
-            obs.update(self._pictures())
+            for name, picture in self._pictures().items():
+                obs[name] = area_resize(picture, self.image_size)
         return obs
