@@ -226,9 +226,10 @@ class SimEnv:
         device, done = chunk.device, np.zeros(len(self.sims), bool)
         for k in range(chunk.shape[1]):
             action = self.filter.execute(chunk[:, k])
+            look = (k + 1) % self.cfg.wm_stride == 0         # the frames in between are not filtered
             for i, sim in enumerate(self.sims):
-                if not done[i]:
-                    self.obs[i] = sim.step(action[i])
+                if not done[i]:                              # an arm that is done shows what it showed last
+                    self.obs[i] = {**self.obs[i], **sim.step(action[i], look)}
                     done[i] = calvin_sim.success(self.cfg.task, self.start[i], self.obs[i]["scene_obs"])
             final = self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
         self.age += 1

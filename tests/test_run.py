@@ -279,6 +279,42 @@ def test_online_rival_runs(done):
     assert np.all(env.age == 0)
 
 
+class Staring:
+    """A simulator that looks at every step, whether it is asked to or not."""
+
+    def __init__(self, sim):
+        self.reset = sim.reset
+        self.step = lambda action, look=True: sim.step(action)
+
+
+def test_unseen_frames_are_not_missed(done):
+    """Pictures that no filter takes in are not drawn: nothing else of evaluation and online rival changes."""
+    import numpy as np
+    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    agent = diwa.load_agent(cfg, "bc")
+    sims = [calvin_sim.Tabletop(64) for _ in range(3)]
+    results = []
+    for used in (sims, [Staring(sim) for sim in sims]):
+        runs.seed_everything("test", 0)
+        episodes = evaluate.run_episodes(cfg, agent, used, [7000, 7001, 7002])
+        env = evaluate.SimEnv(cfg, agent, used, seed=0)
+        rows = []
+        feature = env.reset()
+        for k in range(6):
+            chunk = agent.actor.sample_chain(feature)[:, -1]
+            if k == 3:                                      # one arm is done in the middle of a chunk
+                env.start[1] = np.where(np.arange(24) == calvin_sim.DRAWER, 1.0, env.start[1])
+            feature, reward, terminated, truncated, final = env.step(chunk)
+            rows.append([feature, reward, terminated, truncated, final * ~terminated[:, None]])
+        assert rows[3][2].tolist() == [False, True, False]
+        results.append((episodes, rows))
+    (seen, rollout), (stared, other) = results
+    assert seen == stared
+    assert all(torch.equal(a, b) for row, same in zip(rollout, other) for a, b in zip(row, same))
+    for sim in sims:
+        sim.close()
+
+
 def test_the_tuned_policy_is_the_last_snapshot(done):
     """What is evaluated is what PPO ended with, and the learning curve ends with it."""
     cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))

@@ -70,6 +70,18 @@ def test_same_seed_same_pixels_whatever_ran_before(camera_sim):
             assert np.array_equal(one[key], other[key]), key
 
 
+def test_looking_or_not_changes_nothing_else(camera_sim):
+    def roll(looks):
+        rng = np.random.default_rng(0)
+        first = camera_sim.reset(seed=3)
+        return [first] + [camera_sim.step(rng.uniform(-1, 1, 7), look=look) for look in looks]
+    always, times = roll([True] * 15), [t % 3 == 0 for t in range(15)]
+    for looks in (times, [False] * 15):
+        for look, one, other in zip([True, *looks], roll(looks), always):
+            assert set(one) == set(other) - ({"rgb_static", "rgb_gripper"} if not look else set())
+            assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
 def test_drawing_twice_gives_the_same_pixels(camera_sim):
     camera_sim.reset(seed=3)                             # the renderer keeps its normals from picture to picture
     for seed in range(8):
