@@ -1,5 +1,6 @@
 """How fast is it?  python tests/bench.py prints one table: simulator, world model, dream and PPO, on one core and this machine's matmul rate.
 With a GPU: python tests/bench.py --device cuda (its preset is `gpu` then; --preset cpu, or any other flag of diwa.py, works here too).
+Real pictures: python tests/bench.py --sim calvin --calvin-root PATH compares RealCalvin with calvin_env.
 
 FLOPs are counted by torch's own counter over one update; "share" is FLOPs a second over what a 512 x 512 float32 matmul reaches on the same
 thread count in the same minute."""
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import calvin_sim
 import diwa
 import data
+from support import expert
+from support.calvin_real import RealCalvin
 from support.runs import check_config, parse
 
 
@@ -53,6 +56,35 @@ def bench_simulator():
             for action in actions:
                 sim.step(action)
     return 3 * 60 * rate(replay, 8)
+
+
+def bench_calvin(root, rounds=3):
+    """The same episodes in calvin_env as it is, which draws both pictures at each step, and in RealCalvin,
+    which draws them at each step (as for a recording) or at every second (as for an evaluation).
+
+    The three take turns.  Prints steps/s, and the median ratio of their times in a turn."""
+    sim = RealCalvin(root=root)
+    own = list(sim.cameras.values())
+    baseline = "calvin_env's own step"
+    ways = {baseline: 0, "recording: each picture": 1, "evaluation: every second picture": 2}
+    times = {way: [] for way in ways}
+    for task in ("open_drawer", "move_slider_left", "turn_on_led"):
+        episode = expert.demo_episode(sim, task, 0)[0]
+        start, actions = (episode["robot_obs"][0], episode["scene_obs"][0]), episode["rel_actions"][:60]
+        for _ in range(rounds):
+            for way, stride in ways.items():
+                sim.reset(*start)
+                sim.env.cameras = own if way == baseline else []
+                t = time.perf_counter()
+                for step, action in enumerate(actions):
+                    sim.step(action, look=way != baseline and (step + 1) % stride == 0)
+                times[way].append((time.perf_counter() - t) / len(actions))
+                sim.env.cameras = []
+    sim.close()
+    print(f"{'calvin_env, 200 and 84 pixels, one core':<40}{'steps/s':>12}{'against its own':>28}")
+    for way, seconds in times.items():
+        ratio = np.median(np.array(times[baseline]) / seconds)
+        print(f"{way:<40}{1 / np.median(seconds):>12.1f}{ratio:>28.2f}")
 
 
 def world_model_update(cfg, wm):
@@ -99,6 +131,8 @@ def ppo_update(cfg, wm):
 def main(argv):
     torch.set_num_threads(1)
     cfg = check_config(parse(argv or ["--device", "cpu", "--preset", "cpu"], diwa.Config, diwa.PRESETS, __doc__.splitlines()[0], ""))
+    if cfg.sim == "calvin":
+        return bench_calvin(cfg.calvin_root)
     if cfg.device == "cuda":
         torch.cuda.init()
     print(f"{torch.cuda.get_device_name() if cfg.device == 'cuda' else 'one core'}, preset {cfg.preset}; torch {torch.__version__}")

@@ -1,8 +1,10 @@
 """Do the two simulators tell the same story?  The same start and the same 60 scripted actions in the built-in tabletop and in calvin_env.
 
     CALVIN_ENV_ROOT=path/to/calvin_env python tests/fidelity.py [trials] [steps]      prints what agrees, trial by trial
+    CALVIN_ENV_ROOT=path/to/calvin_env python tests/fidelity.py pictures    compares RealCalvin's to its own
 
 The expert acts in the tabletop; the real simulator is given the very same actions, open loop.
+Pictures: all frames of a demonstration of every task and of two episodes of play, at full size.
 """
 import os
 import sys
@@ -16,6 +18,7 @@ from support import expert                                                      
 from support.calvin_real import RealCalvin                                                 # noqa: E402
 
 CLOSE = 0.02       # m
+FEW = 4            # of the static picture's 40,000 pixels may show another object that is as far away
 
 
 def compare(real, tabletop, seed, steps=60):
@@ -49,5 +52,51 @@ def main(trials=40, steps=60, root=None):
     return np.mean(close), np.mean(lights)
 
 
+class Compared:
+    """RealCalvin for an expert to act in; every frame is drawn by it and by calvin_env's own cameras."""
+
+    def __init__(self, real):
+        self.real = real
+        self.pixels = {name: [] for name in real.cameras}   # that differ, frame by frame
+
+    def reset(self, *start):
+        return self._compared(self.real.reset(*start))
+
+    def step(self, action):
+        return self._compared(self.real.step(action, look=False))
+
+    def _compared(self, obs):
+        for name, picture in self.real._pictures().items():
+            camera = self.real.cameras[name.removeprefix("rgb_")]
+            different = (camera.render()[0] != picture).any(-1)
+            if different.any():                             # drawn again, its own may differ by a shade
+                different &= (camera.render()[0] != picture).any(-1)
+            self.pixels[camera.name].append(int(different.sum()))
+        return obs
+
+
+def compare_pictures(root=None, tasks=tuple(cs.TASKS), plays=2, length=250):
+    """Print how many pixels differ in each episode -> {camera: [number of pixels in each frame]}"""
+    real = RealCalvin(root=root or os.environ.get("CALVIN_ENV_ROOT"))
+    pixels = {name: [] for name in real.cameras}
+    heads = [f"{name:>16s}" for name in pixels]
+    print("pixels that differ, at most and a frame:  ", *heads, "   frames", sep="")
+    for name, seed in [*((task, 0) for task in tasks), *(("play", seed) for seed in range(plays))]:
+        sim = Compared(real)
+        if name == "play":
+            expert.play_episode(sim, seed, length)
+        else:
+            expert.demo_episode(sim, name, seed)
+        counts = [f"{max(count):8d}{np.mean(count):8.3f}" for count in sim.pixels.values()]
+        print(f"{name:42s}", *counts, f"{len(sim.pixels['static']):9d}", sep="", flush=True)
+        for camera, count in sim.pixels.items():
+            pixels[camera] += count
+    real.close()
+    return pixels
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1:] == ["pictures"]:
+        compare_pictures()
+    else:
+        main(*map(int, sys.argv[1:]))

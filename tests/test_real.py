@@ -3,6 +3,7 @@
     CALVIN_ENV_ROOT   a clone of github.com/mees/calvin_env, with its packages installed (see support/calvin_real.py)
     CALVIN_SAMPLE     a CALVIN split to import, predict and replay: frames, index and language annotations
 """
+import json
 import os
 import subprocess
 import sys
@@ -177,6 +178,52 @@ def test_two_simulators_tell_the_same_story(blind):
         name, tcp, joints, same = fidelity.compare(blind, tabletop, seed)
         assert max(tcp, *joints) < fidelity.CLOSE and same, name
     tabletop.close()
+
+
+def alone(code):
+    """Run code in a process of its own, which may open another simulator.  -> what it printed"""
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); {code}"
+    command = [sys.executable, "-c", code, str(ROOT / "tests")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@needs_clone
+def test_not_looking_changes_no_state():
+    alone("import test_real; test_real.look_or_not()")
+
+
+def look_or_not():
+    """The same actions, looking at each picture, at every third, at (almost) none, and without cameras."""
+    def roll(sim, stride):
+        rng = np.random.default_rng(0)
+        story = [sim.reset(*start("turn_on_led", 1))]
+        for t in range(40):
+            story.append(sim.step(rng.uniform(-1, 1, 7), look=t % stride == 0))
+        return story
+    sim = RealCalvin(root=CLONE)
+    always, *others = [roll(sim, stride) for stride in (1, 3, 1000)]
+    sim.close()
+    for t, obs in enumerate(others[0][1:]):
+        assert ("rgb_static" in obs) == ("rgb_gripper" in obs) == (t % 3 == 0)
+    sim = RealCalvin(render=False, root=CLONE)
+    others.append(roll(sim, 1))
+    sim.close()
+    for other in others:
+        for one, two in zip(always, other):
+            assert all(np.array_equal(one[key], two[key]) for key in ("robot_obs", "scene_obs"))
+
+
+@needs_clone
+def test_pictures_are_calvin_envs_own():
+    """All tasks, and more play: python tests/fidelity.py pictures"""
+    said = alone("import json, fidelity; tasks = 'turn_on_led', 'move_slider_right'; "
+                 "print(json.dumps(fidelity.compare_pictures(tasks=tasks, plays=1, length=60)))")
+    print("\n" + said)
+    pixels = json.loads(said.splitlines()[-1])
+    assert len(pixels["static"]) == len(pixels["gripper"]) > 150
+    assert max(pixels["gripper"]) == 0 and max(pixels["static"]) <= fidelity.FEW
 
 
 ALONE = """
