@@ -1,8 +1,11 @@
-"""runs.py: what every stage needs and no paper mentions.  Settings, run folders, resuming, progress, processes.
+"""runs.py: what every stage needs and no paper mentions.
 
-A run folder runs/<name>/ holds one result a stage.  Each result remembers the settings that it depends on (its stamp), the code that made it and
-the results that it was made from: a stage skips itself when its result is there with today's settings and code, and a stage that reads
-a result of others refuses it and names the difference.
+Settings, run folders, resuming, progress, processes.
+
+A run folder runs/<name>/ holds one result a stage.  Each result remembers the settings that it depends on
+(its stamp), the code that made it and the results that it was made from: a stage skips itself when its result
+is there with today's settings and code, and a stage that reads a result of others refuses it and names the
+difference.
 """
 import argparse
 import concurrent.futures
@@ -46,29 +49,38 @@ STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a
     "eval": ("eval_", ("finetune",), True),
 }
 SAVE_EVERY = 30                                             # seconds between partial checkpoints
-COMMON = ("seed", "sim", "image_size")                      # every stage depends on these; with --data only eval on the simulator
+# every stage depends on these; with --data only eval on the simulator
+COMMON = ("seed", "sim", "image_size")
 
 
-# --- settings -----------------------------------------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------------------
 
 def parse(argv, config, presets, description, epilog):
-    """Flags over the run's config.json over the preset over the defaults -> an instance of the dataclass `config`.
+    """Flags over the run's config.json over the preset over the defaults -> an instance of `config`.
 
-    The comments behind the fields are the help texts: one place to read and to change them."""
+    That is a dataclass.  The comments behind the fields are the help texts: one place to read and to change
+    them."""
     fields = dataclasses.fields(config)
     helps = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
     parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False)
     for field in fields:
-        parser.add_argument(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, metavar=field.type.__name__.upper(),
-                            help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"))
+        parser.add_argument(
+            f"--{field.name}",
+            type=field.type,
+            default=argparse.SUPPRESS,
+            metavar=field.type.__name__.upper(),
+            help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),
+        )
 
     def refuse(message):
         word = next((w for w in message.split() if w.startswith("--")), "").split("=")[0].rstrip(":")
-        near = difflib.get_close_matches(word, [f"--{f.name}" for f in fields], 1) if "unrecognized" in message else []
+        near = []
+        if "unrecognized" in message:
+            near = difflib.get_close_matches(word, [f"--{f.name}" for f in fields], 1)
         raise InputError(f"{message}; {f'did you mean {near[0]}?' if near else 'see --help'}")
+
     parser.error = refuse
-    argv = [flag[:2] + flag[2:].partition("=")[0].replace("-", "_") + "".join(flag.partition("=")[1:]) if flag.startswith("--") else flag
-            for flag in (sys.argv[1:] if argv is None else argv)]        # --calvin-root is --calvin_root
+    argv = [underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
@@ -83,50 +95,78 @@ def parse(argv, config, presets, description, epilog):
         preset = settings.get("preset", preset)
         known(preset, presets, "preset")
     return config(**{**settings, "run": preset, **given, "preset": preset})
+def underscored(flag):
+    """--calvin-root is --calvin_root; what follows an equals sign stays as it is."""
+    if not flag.startswith("--"):
+        return flag
+    name, equals, value = flag[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def hint(name, allowed):
+    """The allowed name that was probably meant, as a remark in brackets; "" where none is near."""
+    near = difflib.get_close_matches(str(name), list(allowed), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
 
 
 def exists(path):
-    """Path.exists, but a name that the file system refuses (300 letters, a forbidden folder) is one sentence."""
+    """Path.exists, but a name that the file system refuses is one sentence.
+
+    Such a name has 300 letters, or lies in a forbidden folder."""
     with writing(path):
         return path.exists()
 
 
 def saved_settings(path, fields):
-    """The settings in a run's config.json, as far as a run remembers them; people edit that file, so it is checked.  -> {name: value}"""
+    """The settings in a run's config.json, as far as a run remembers them.  -> {name: value}
+
+    People edit that file, so it is checked."""
     content = load_file(path)
     settings = content.get("settings") if isinstance(content, dict) else None
     if not isinstance(settings, dict):
-        raise InputError(f"{path} has no \"settings\": correct it, or delete it and give your settings as flags")
+        raise InputError(f'{path} has no "settings": correct it, '
+                         "or delete it and give your settings as flags")
     types = {f.name: f.type for f in fields}
     for name, value in settings.items():
         if name not in types:
-            near = difflib.get_close_matches(name, types, 1)
-            raise InputError(f"{path} names {name}, which is no setting{f' (did you mean {near[0]}?)' if near else ''}: "
-                             f"correct or remove that line")
+            raise InputError(f"{path} names {name}, which is no setting{hint(name, types)}: "
+                             "correct or remove that line")
         fits = isinstance(value, types[name]) or types[name] is float and isinstance(value, int)
         if not fits or isinstance(value, bool):
-            raise InputError(f"{path} says {name} = {json.dumps(value)}, which is no {types[name].__name__}: correct that line")
-    return {k: types[k](v) for k, v in settings.items() if k not in ("stage", "task", "run", "runs", "device", "workers", "keep", "policy")}
+            raise InputError(f"{path} says {name} = {json.dumps(value)}, which is no {types[name].__name__}: "
+                             "correct that line")
+    forgotten = ("stage", "task", "run", "runs", "device", "workers", "keep", "policy")
+    return {name: types[name](value) for name, value in settings.items() if name not in forgotten}
 
 
 def known(value, allowed, name):
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), list(allowed), 1)
-        raise InputError(f"--{name} {value} is unknown{f' (did you mean {near[0]}?)' if near else ''}: choose {', '.join(allowed)}")
+        raise InputError(f"--{name} {value} is unknown{hint(value, allowed)}: choose {', '.join(allowed)}")
 
 
 RENDERERS = {"tabletop": "PyBullet TinyRenderer (CPU)", "calvin": calvin_real.RENDERER, "none": "none"}
 
 
 def versions(cfg):
-    return dict(torch=torch.__version__, numpy=np.__version__, python=platform.python_version(), device=cfg.device, sim=cfg.sim,
-                renderer=RENDERERS[cfg.sim], commit=commit(Path(__file__)))
+    return dict(
+        torch=torch.__version__,
+        numpy=np.__version__,
+        python=platform.python_version(),
+        device=cfg.device,
+        sim=cfg.sim,
+        renderer=RENDERERS[cfg.sim],
+        commit=commit(Path(__file__)),
+    )
 
 
 def commit(file):
-    """The commit that a file is of, "-dirty" if its repository has changes; "unknown" where the file lies in none, or in one of others."""
+    """The commit that a file is of, "-dirty" if its repository has changes.
+
+    It is "unknown" where the file lies in no repository, or in one of others."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=file.parent, capture_output=True, text=True)
+
     if not shutil.which("git") or git("ls-files", "--error-unmatch", file.name).returncode:
         return "unknown"
     return git("describe", "--always", "--dirty", "--exclude=*").stdout.strip() or "unknown"
@@ -135,21 +175,27 @@ def commit(file):
 def remember(cfg):
     """Write config.json: from now on the run has these settings."""
     content = dict(settings=dataclasses.asdict(cfg), versions=versions(cfg))
-    write_atomic(Path(cfg.runs) / cfg.run / "config.json", lambda p: p.write_text(json.dumps(content, indent=1)))
+    path = Path(cfg.runs) / cfg.run / "config.json"
+    write_atomic(path, lambda p: p.write_text(json.dumps(content, indent=1)))
 
 
-# --- results and their stamps -------------------------------------------------------------------------------------------
+# --- results and their stamps -------------------------------------------------------------------------------
 
 def output(cfg, stage):
     """Path of a stage's result: a dataset folder, a checkpoint or a JSON file."""
     name = f"{stage}_{cfg.task}" if STAGES[stage][2] else stage
-    return Path(cfg.runs) / cfg.run / (name if stage in ("play", "demos") else f"{name}.json" if stage == "eval" else f"{name}.pt")
+    folder = Path(cfg.runs) / cfg.run
+    if stage in ("play", "demos"):
+        return folder / name
+    return folder / (f"{name}.json" if stage == "eval" else f"{name}.pt")
 
 
 def stamp(cfg, stage):
     """All settings that the result of a stage depends on, those of the stages it reads included."""
     prefix, inputs, per_task = STAGES[stage]
-    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name.startswith(prefix) or f.name in COMMON or per_task and f.name == "task"}
+    names = [f.name for f in dataclasses.fields(cfg)]
+    names = [n for n in names if n.startswith(prefix) or n in COMMON or per_task and n == "task"]
+    settings = {name: getattr(cfg, name) for name in names}
     if cfg.data:
         settings["data"] = identity(str(Path(cfg.data).absolute()))
         if stage != "eval":
@@ -161,23 +207,36 @@ def stamp(cfg, stage):
 
 @functools.lru_cache(maxsize=8)
 def identity(folder):
-    """A recording is known by what is in it, not by where it lies: a checksum of its numbers and of a few of its pictures."""
-    dataset, number = Dataset(folder), 0
+    """A recording is known by what is in it, not by where it lies.
+
+    What tells is a checksum of its numbers and of a few of its pictures."""
+    dataset = Dataset(folder)
     some = np.linspace(0, len(dataset) - 1, 50).astype(int)
-    for array in (dataset.episodes, dataset["robot_obs"], dataset["rel_actions"], dataset["scene_obs"], dataset["rgb_static"][some]):
+    numbers = [dataset[key] for key in ("robot_obs", "rel_actions", "scene_obs")]
+    number = 0
+    for array in (dataset.episodes, *numbers, dataset["rgb_static"][some]):
         number = zlib.crc32(np.ascontiguousarray(array), number)
     return f"{len(dataset)} frames, checksum {zlib.crc32(repr(dataset.segments).encode(), number):08x}"
 
 
 def origin(cfg, stage):
-    """What a result remembers of how it was made: settings, code (see fingerprint.py), and which results it was made from."""
-    return dict(stamp=stamp(cfg, stage), python=platform.python_version().rpartition(".")[0], code=code(cfg, stage),
-                made_from={other: mark(found_origin(cfg, other)) for other in STAGES[stage][1]})
+    """What a result remembers of how it was made.
+
+    Settings, code (see fingerprint.py), and which results it was made from."""
+    return dict(
+        stamp=stamp(cfg, stage),
+        python=platform.python_version().rpartition(".")[0],
+        code=code(cfg, stage),
+        made_from={other: mark(found_origin(cfg, other)) for other in STAGES[stage][1]},
+    )
 
 
 def code(cfg, stage):
     """The code that a stage of this run uses: not the adapter of a simulator that it does not run in."""
-    return {name: number for name, number in code_of(stage).items() if cfg.sim == "calvin" or not name.startswith("support.calvin_real")}
+    everything = code_of(stage)
+    if cfg.sim == "calvin":
+        return dict(everything)
+    return {name: number for name, number in everything.items() if not name.startswith("support.calvin_real")}
 
 
 def mark(found):
@@ -186,7 +245,9 @@ def mark(found):
 
 
 def found_origin(cfg, stage):
-    """The origin that an existing result remembers, or None where there is none.  Results of older versions remember their settings only."""
+    """The origin that an existing result remembers, or None where there is none.
+
+    Results of older versions remember their settings only."""
     path = output(cfg, stage)
     path = path / "meta.json" if stage in ("play", "demos") else path
     return read_origin(path, path.stat().st_mtime_ns) if path.exists() else None
@@ -199,24 +260,32 @@ def read_origin(path, changed):
 
 
 def other_settings(cfg, stage, found):
-    """Settings of a result that are not today's -> {name: (then, now)}; one that did not exist then had its default."""
-    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
-    then, now = found.get("stamp", {}), stamp(cfg, stage)
-    pairs = {name: (then.get(name, default), now.get(name, default)) for name, default in defaults.items() if name in {*then, *now}}
+    """Settings of a result that are not today's -> {name: (then, now)}; a new one then had its default."""
+    then = found.get("stamp", {})
+    now = stamp(cfg, stage)
+    pairs = {}
+    for field in dataclasses.fields(cfg):
+        if field.name in {*then, *now}:
+            pairs[field.name] = then.get(field.name, field.default), now.get(field.name, field.default)
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def other_code(cfg, stage, found):
-    """Has the code that made a result changed, or have the results that it was made from?  -> (the stage to do again, what has changed), or None
+    """Has the code that made a result changed, or have the results that it was made from?
+
+    -> (the stage to do again, what has changed), or None
 
     --keep wm uses the wm as it is, and so says nothing of it."""
-    version = platform.python_version().rpartition(".")[0]  # another Python writes syntax trees in another way
+    # another Python writes syntax trees in another way
+    version = platform.python_version().rpartition(".")[0]
     if stage not in cfg.keep.split(",") and "code" in found and found["python"] == version:
-        now, then = code(cfg, stage), found["code"]
+        now = code(cfg, stage)
+        then = found["code"]
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
         if changed:
             return stage, f"the code of {', '.join(changed[:6])}{' ...' * (len(changed) > 6)} has changed"
-        remade = [other for other, name in found["made_from"].items() if mark(found_origin(cfg, other)) != name]
+        sources = found["made_from"].items()
+        remade = [other for other, name in sources if mark(found_origin(cfg, other)) != name]
         if remade:
             return stage, f"{' and '.join(remade)} has been made anew"
     if stage not in cfg.keep.split(","):
@@ -228,8 +297,11 @@ def other_code(cfg, stage, found):
 
 
 def load(cfg, stage):
-    """The result of an earlier stage, if it was made with today's settings and code; anything else is an error that names the difference."""
-    path, found = output(cfg, stage), found_origin(cfg, stage)
+    """The result of an earlier stage, if it was made with today's settings and code.
+
+    Anything else is an error that names the difference."""
+    path = output(cfg, stage)
+    found = found_origin(cfg, stage)
     if found is None:
         raise InputError(f"{path} is missing: run --stage {stage} first, or --stage all")
     for name, (then, now) in other_settings(cfg, stage, found).items():
@@ -244,12 +316,14 @@ def load(cfg, stage):
 
 
 def outdated(cfg, stage, change):
-    return InputError(f"{output(cfg, stage)} is not what today's code would make ({change}): run --stage {stage} again "
-                      f"(or --stage all), or use it as it is with --keep {stage}")
+    return InputError(f"{output(cfg, stage)} is not what today's code would make ({change}): "
+                      f"run --stage {stage} again (or --stage all), or use it as it is with --keep {stage}")
 
 
 def load_judges(cfg):
-    """Demonstrations that only judge, recorded beside the play, or None where there are none (--play_replay 0, or no segments)."""
+    """Demonstrations that only judge, recorded beside the play.
+
+    None where there are none (--play_replay 0, or no segments)."""
     folder = output(cfg, "play").with_name("replay")
     return Dataset(folder) if folder.exists() else None
 
@@ -260,6 +334,7 @@ def save(path, content):
             torch.save(content, temporary)
         except RuntimeError as error:                       # torch reports a full disk as a RuntimeError
             raise OSError(str(error).splitlines()[0]) from error
+
     write_atomic(path, write)
 
 
@@ -272,12 +347,15 @@ def save_result(cfg, stage, **content):
 def load_file(path, device="cpu"):
     """A checkpoint (tensors and plain containers only) or a JSON file."""
     try:
-        return json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, map_location=device, weights_only=True)
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise InputError(f"{path} is damaged or was not written by this program ({type(error).__name__}): delete it and run the same command again") from error
+        raise InputError(f"{path} is damaged or was not written by this program ({type(error).__name__}): "
+                         "delete it and run the same command again") from error
 
 
-# --- a loop that can be killed --------------------------------------------------------------------------------------------
+# --- a loop that can be killed ------------------------------------------------------------------------------
 
 def seed_everything(*words):
     """Seed torch from the words and return a numpy generator seeded alike."""
@@ -292,7 +370,9 @@ def partial_path(cfg, stage):
 
 
 def restore(cfg, stage, state):
-    """Put what a killed run had saved back into state, as train() takes it.  -> the number of updates that it had done, 0 if there is nothing"""
+    """Put what a killed run had saved back into state, as train() takes it.
+
+    -> the number of updates that it had done, 0 if there is nothing"""
     partial = partial_path(cfg, stage)
     content = load_file(partial, cfg.device) if partial.exists() else {}
     if content.get("origin") != origin(cfg, stage):
@@ -303,15 +383,18 @@ def restore(cfg, stage, state):
 
 
 def first_seed(cfg, purpose, task=None):
-    """The first of the simulator seeds for play, judges, demos, eval or curve: no two purposes, tasks or runs share one."""
-    places = {"play": (0, 0), "judges": (500_000, 1000), "demos": (700_000, 10_000), "eval": (900_000, 10_000), "curve": (905_000, 10_000)}
+    """The first of the simulator seeds for play, judges, demos, eval or curve: no two purposes, tasks or runs share
+    one."""
+    places = {"play": (0, 0), "judges": (500_000, 1000), "demos": (700_000, 10_000), "eval": (900_000, 10_000),
+              "curve": (905_000, 10_000)}
     base, step = places[purpose]
     return 1_000_000 * (cfg.seed + 1) + base + step * (list(calvin_sim.TASKS).index(task) if task else 0)
 
 
 def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
     """Linear warm-up, then half a cosine from peak to floor * peak."""
-    rise, fall = min(1.0, (step + 1) / warmup), floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total))
+    rise = min(1.0, (step + 1) / warmup)
+    fall = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total))
     for group in optimizer.param_groups:
         group["lr"] = peak * rise * fall
 
@@ -319,27 +402,39 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 def train(cfg, stage, total, state, update, every=20):
     """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.
 
-    state: {name: object with state_dict}, saved every SAVE_EVERY seconds and restored when the program was killed.  Update i draws its random numbers from
-    (seed, stage, task, i), so a resumed run ends as if nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
-    partial, key = partial_path(cfg, stage), (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
-    saved, pending = time.time(), []
+    -> path of the partial checkpoint, to be deleted
+    state: {name: object with state_dict}, saved every SAVE_EVERY seconds and restored when the program was
+    killed.  Update i draws its random numbers from (seed, stage, task, i), so a resumed run ends as if
+    nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
+    partial = partial_path(cfg, stage)
+    key = (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
+    saved = time.time()
+    pending = []
     if done := restore(cfg, stage, state):
         print(f"  {stage} resumes at {done:,} of {total:,}")
-    log, progress = Log(cfg, stage, done), Progress(stage, total, done)
+    log = Log(cfg, stage, done)
+    progress = Progress(stage, total, done)
     for i in range(done, total):
-        pending.append(update(i, seed_everything(*key, i)))
+        rng = seed_everything(*key, i)
+        pending.append(update(i, rng))
         if (i + 1) % every and i + 1 < total:
             continue
-        metrics = {name: torch.stack([p[name].detach().float() for p in pending]).mean().item() for name in pending[-1]}
+        metrics = {}
+        for name in pending[-1]:
+            values = [p[name].detach().float() for p in pending]
+            metrics[name] = torch.stack(values).mean().item()
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise InputError(f"stage {stage}: the term '{name}' became {value} between steps {i + 2 - len(pending)} and {i + 1}; {partial} holds the "
-                                 f"last good state, if one was saved: try a smaller learning rate (--{STAGES[stage][0]}...lr, see --help) and run again")
+                raise InputError(f"stage {stage}: the term '{name}' became {value} between steps "
+                                 f"{i + 2 - len(pending)} and {i + 1}; {partial} holds the last good state, "
+                                 "if one was saved: try a smaller learning rate "
+                                 f"(--{STAGES[stage][0]}...lr, see --help) and run again")
         pending = []
         log(i + 1, metrics)
         progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
         if time.time() - saved > SAVE_EVERY and i + 1 < total:
-            save(partial, dict(origin=origin(cfg, stage), done=i + 1, state={n: t.state_dict() for n, t in state.items()}))
+            states = {name: thing.state_dict() for name, thing in state.items()}
+            save(partial, dict(origin=origin(cfg, stage), done=i + 1, state=states))
             saved = time.time()
 
 
@@ -357,27 +452,37 @@ class Progress:
     """One line with the time left: rewritten on a terminal, printed every 15 seconds into a log file."""
 
     def __init__(self, name, total, done=0):
-        self.name, self.total, self.first, self.start, self.shown = name, total, done, time.time(), 0.0
+        self.name = name
+        self.total = total
+        self.first = done
+        self.start = time.time()
+        self.shown = 0.0
 
     def __call__(self, done, text=""):
-        tty, now = sys.stdout.isatty(), time.time()
+        tty = sys.stdout.isatty()
+        now = time.time()
         if now - self.shown < (0.5 if tty else 15) and done < self.total:
             return
-        self.shown, rate = now, max(done - self.first, 1e-9) / (now - self.start + 1e-9)
+        self.shown = now
+        rate = max(done - self.first, 1e-9) / (now - self.start + 1e-9)
         left = int((self.total - done) / rate)
-        line = f"  {self.name:<14} {done:>7,}/{self.total:,}  {rate:8.1f}/s  {left // 60:3d}:{left % 60:02d} left  {text}"
+        line = (f"  {self.name:<14} {done:>7,}/{self.total:,}  {rate:8.1f}/s  "
+                f"{left // 60:3d}:{left % 60:02d} left  {text}")
         if tty:
             line = "\r\033[K" + line[:shutil.get_terminal_size().columns - 1]
         print(line, end="\n" if not tty or done >= self.total else "", flush=True)
 
 
 class Log:
-    """runs/<name>/log.csv, long format: stage, task, step, metric, value.  Rows of a stage that is done again are replaced.
+    """runs/<name>/log.csv, long format: stage, task, step, metric, value.
+
+    Rows of a stage that is done again are replaced.
 
     Several tasks may be at work in one folder, so whoever writes holds the log's lock."""
 
     def __init__(self, cfg, stage, first=sys.maxsize):
-        self.path, self.key = Path(cfg.runs) / cfg.run / "log.csv", [stage, cfg.task if STAGES[stage][2] else ""]
+        self.path = Path(cfg.runs) / cfg.run / "log.csv"
+        self.key = [stage, cfg.task if STAGES[stage][2] else ""]
         with writing(self.path), self.lock():
             keep = [r for r in log_rows(self.path) if r[:2] != self.key or int(r[2]) <= first]
             text = "\n".join(",".join(r) for r in [LOG_COLUMNS] + keep) + "\n"
@@ -387,7 +492,9 @@ class Log:
         return FileLock(self.path.with_name(".log.csv.lock"))
 
     def __call__(self, step, metrics):
-        lines = [",".join([*self.key, str(step), name, f"{value:.6g}"]) + "\n" for name, value in metrics.items()]
+        lines = []
+        for name, value in metrics.items():
+            lines.append(",".join([*self.key, str(step), name, f"{value:.6g}"]) + "\n")
         with writing(self.path), self.lock():
             with self.path.open("a") as f:
                 f.writelines(lines)
@@ -398,13 +505,20 @@ LOG_COLUMNS = ["stage", "task", "step", "metric", "value"]
 
 def log_rows(path):
     """The whole rows of a log.csv, as lists of five words; a kill or an editor may have torn others."""
-    rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()] if path.exists() else []
-    return [r for r in rows if len(r) == 5 and r[2].isdecimal() and re.fullmatch(r"-?(\d+(\.\d*)?(e[+-]?\d+)?|nan|inf)", r[4])]
+    if not path.exists():
+        return []
+    number = re.compile(r"-?(\d+(\.\d*)?(e[+-]?\d+)?|nan|inf)")
+    rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()]
+    return [r for r in rows if len(r) == 5 and r[2].isdecimal() and number.fullmatch(r[4])]
 
 
 def run_stage(cfg, stage, work):
-    """Do a stage, work(cfg), unless its output is there for the same settings; what it reads is checked first."""
-    began, path, found = time.time(), output(cfg, stage), found_origin(cfg, stage)
+    """Do a stage, work(cfg), unless its output is there for the same settings.
+
+    What it reads is checked first."""
+    began = time.time()
+    path = output(cfg, stage)
+    found = found_origin(cfg, stage)
     settings = other_settings(cfg, stage, found) if found else {}
     change = other_code(cfg, stage, found) if found and not settings else None
     if change and change[0] != stage:
@@ -416,8 +530,8 @@ def run_stage(cfg, stage, work):
         load(cfg, other)
     if change:
         minutes = read_log(cfg, stage, "minutes")[1]
-        print(f"{stage}: {change[1]}; it is done again{f', which took {minutes[-1]:.1f} min last time' if minutes else ''} "
-              f"(--keep {stage} would use it as it is)")
+        took = f", which took {minutes[-1]:.1f} min last time" if minutes else ""
+        print(f"{stage}: {change[1]}; it is done again{took} (--keep {stage} would use it as it is)")
     with alone(path, stage):
         remember(cfg)
         print(f"{stage}: writes {path}")
@@ -429,14 +543,17 @@ def run_stage(cfg, stage, work):
 
 @contextlib.contextmanager
 def alone(path, what):
-    """Two programs never write the same result; the lock is the operating system's, so a killed program leaves none behind."""
+    """Two programs never write the same result.
+
+    The lock is the operating system's, so a killed program leaves none behind."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(f"another program is at stage {what} of {path} right now: wait until it is done, or give another --run") from None
+            raise InputError(f"another program is at stage {what} of {path} right now: "
+                             "wait until it is done, or give another --run") from None
     try:
         yield
     finally:
@@ -453,17 +570,21 @@ def read_log(cfg, stage, metric):
 def in_processes(cfg, function, jobs, name):
     """Yield function(job) for all jobs, in their order, from cfg.workers processes, with a progress line.
 
-    A worker that dies (killed, out of memory) ends it with one sentence; multiprocessing's own Pool would wait for ever."""
+    A worker that dies (killed, out of memory) ends it with one sentence; multiprocessing's own Pool would
+    wait for ever."""
     progress = Progress(name, len(jobs))
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     context.set_forkserver_preload(["torch", "calvin_sim"])  # once for all: it takes seconds
-    others, again = multiprocessing.active_children(), "then type the same command again: it goes on where it stopped"
+    others = multiprocessing.active_children()
+    again = "then type the same command again: it goes on where it stopped"
     try:
-        pool = concurrent.futures.ProcessPoolExecutor(min(cfg.workers, len(jobs)), context, calm_torch_worker)
+        workers = min(cfg.workers, len(jobs))
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, calm_torch_worker)
         futures = [pool.submit(function, job) for job in jobs]
     except OSError as error:                                # its locks lie in /dev/shm on Linux
-        raise InputError(f"no worker processes can be started for {name} ({error.strerror or error}): make room in /dev/shm "
-                         f"(in Docker: --shm-size=64m), {again}") from error
+        raise InputError(f"no worker processes can be started for {name} ({error.strerror or error}): "
+                         f"make room in /dev/shm (in Docker: --shm-size=64m), {again}") from error
     try:
         for i, future in enumerate(futures):
             result = future.result()
@@ -473,17 +594,21 @@ def in_processes(cfg, function, jobs, name):
         for child in set(multiprocessing.active_children()) - set(others):
             child.terminate()                               # it may be in the middle of minutes of work
         if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-            raise InputError(f"a worker process of {name} died (killed, or for lack of memory?): free some memory or give "
-                             f"fewer --workers, {again}") from error
+            raise InputError(f"a worker process of {name} died (killed, or for lack of memory?): "
+                             f"free some memory or give fewer --workers, {again}") from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def calm_worker():
-    """Set up a worker process: Ctrl-C is its parent's business, and when the parent is killed it must not live on."""
+    """Set up a worker process: Ctrl-C is its parent's business; when that is killed it must not live on."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def calm_torch_worker():
@@ -492,35 +617,42 @@ def calm_torch_worker():
     torch.set_num_threads(1)
 
 
-# --- recording ------------------------------------------------------------------------------------------------------------
+# --- recording ----------------------------------------------------------------------------------------------
 
 def sim_of(cfg):
     return dict(sim=cfg.sim, image_size=cfg.image_size, calvin_root=cfg.calvin_root)
 
 
 def make_sim(sim, image_size, calvin_root):
-    return calvin_sim.Tabletop(image_size) if sim == "tabletop" else calvin_real.RealCalvin(image_size, root=calvin_root)
+    if sim == "tabletop":
+        return calvin_sim.Tabletop(image_size)
+    return calvin_real.RealCalvin(image_size, root=calvin_root)
 
 
 def record_job(job):
     """One simulator process records one episode to a file, unless it is there already."""
-    path, kind, seed, length = Path(job["path"]), job["kind"], job["seed"], job["length"]
+    path = Path(job["path"])
+    kind = job["kind"]
     if not path.exists():
-        sim = record_job.__dict__.setdefault("sim", None) or make_sim(**job["sim"])                  # one simulator a process
+        # one simulator a process
+        sim = record_job.__dict__.setdefault("sim", None) or make_sim(**job["sim"])
         record_job.sim = sim
         if kind == "play":
-            episode, solved = expert.play_episode(sim, seed, length), True
+            episode = expert.play_episode(sim, job["seed"], job["length"])
+            solved = True
         else:
-            episode, solved = expert.demo_episode(sim, kind, seed)
+            episode, solved = expert.demo_episode(sim, kind, job["seed"])
         save_part(path, dict(episode, solved=np.array(solved)))
     with np.load(path) as part:
         return bool(part["solved"]), len(part["rel_actions"])
 
 
 def record(cfg, parts, wanted):
-    """Record wanted = {kind: (first seed, number of episodes, their length)}; episodes that the expert fails are replaced by the next seed's.
+    """Record wanted = {kind: (first seed, number of episodes, their length)}.
 
-    -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was interrupted"""
+    Episodes that the expert fails are replaced by the next seed's.
+    -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was
+    interrupted"""
     with writing(parts):
         parts.mkdir(parents=True, exist_ok=True)
     announce_space(cfg, parts, sum(count * (length or DEMO_FRAMES) for _, count, length in wanted.values()))
@@ -531,52 +663,76 @@ def record(cfg, parts, wanted):
         for kind, (first, count, length) in wanted.items():
             missing = count - len(good[kind])
             for seed in range(first + tried[kind], first + tried[kind] + missing):
-                jobs.append(dict(path=str(parts / f"{kind}_{seed}.npz"), kind=kind, seed=seed, length=length, sim=sim_of(cfg)))
+                path = str(parts / f"{kind}_{seed}.npz")
+                jobs.append(dict(path=path, kind=kind, seed=seed, length=length, sim=sim_of(cfg)))
             tried[kind] += missing
             if tried[kind] > 3 * count + 20:
-                raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts of {kind}: "
-                                 f"see 'python calvin_sim.py check'")
+                raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts "
+                                 f"of {kind}: see 'python calvin_sim.py check'")
         for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes")):
-            good[job["kind"]] += [(job["path"], frames)] if solved else []
+            if solved:
+                good[job["kind"]].append((job["path"], frames))
     return good
 
 
-DEMO_FRAMES = 75                                            # of a demonstration, about: what disk space is reckoned with
+DEMO_FRAMES = 75                  # of a demonstration, about: what disk space is reckoned with
 
 
 def announce_space(cfg, parts, frames):
     """Say what a recording takes on the disk before it begins, and refuse when that is too small."""
     keeps = frames * frame_bytes(cfg.image_size)
-    there = sum(p.stat().st_size for p in parts.glob("*.npz"))                            # of a recording that was cut off
+    there = sum(p.stat().st_size for p in parts.glob("*.npz"))          # of a recording that was cut off
     free = free_space(parts)
-    print(f"  about {frames:,} frames: {keeps / 1e9:.2f} GB to keep, twice that until they are packed ({free / 1e9:.1f} GB are free)")
+    print(f"  about {frames:,} frames: {keeps / 1e9:.2f} GB to keep, twice that until they are packed "
+          f"({free / 1e9:.1f} GB are free)")
     if free + there < 2 * keeps:
-        raise InputError(f"{parts.parent} needs {2 * keeps / 1e9:.2f} GB of disk space and {(free + there) / 1e9:.2f} GB are free: "
-                         f"free some, choose another --runs folder, or record less (--play_frames)")
+        raise InputError(f"{parts.parent} needs {2 * keeps / 1e9:.2f} GB of disk space and "
+                         f"{(free + there) / 1e9:.2f} GB are free: "
+                         "free some, choose another --runs folder, or record less (--play_frames)")
 
 
 def pack_recorded(cfg, stage, folder, good):
     """Pack what record() returned; every episode but play's is a segment of its task."""
-    meta = dict(source="calvin_env" if cfg.sim == "calvin" else "built-in tabletop", **origin(cfg, stage), seed=cfg.seed,
-                renderer=versions(cfg)["renderer"], versions=versions(cfg))
+    meta = dict(
+        source="calvin_env" if cfg.sim == "calvin" else "built-in tabletop",
+        **origin(cfg, stage),
+        seed=cfg.seed,
+        renderer=RENDERERS[cfg.sim],
+        versions=versions(cfg),
+    )
     segments = [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]]
     pack([path for kind in good for path, _ in good[kind]], folder, meta, segments or None)
 
 
-# --- settings that cannot work --------------------------------------------------------------------------------------------
+# --- settings that cannot work ------------------------------------------------------------------------------
 
 CHOICES = {
-    "sim": ("tabletop", "calvin", "none"), "device": ("auto", "cpu", "cuda"), "stage": (*STAGES, "report", "all"),
-    "wm_encoder": ("linear", "conv"), "wm_latent": ("gaussian", "categorical"), "bc_net": ("mlp", "unet"),
-    "bc_actor": ("diffusion", "gaussian"), "reward_labels": ("unlabelled", "demos", "predicate"),
+    "sim": ("tabletop", "calvin", "none"),
+    "device": ("auto", "cpu", "cuda"),
+    "stage": (*STAGES, "report", "all"),
+    "wm_encoder": ("linear", "conv"),
+    "wm_latent": ("gaussian", "categorical"),
+    "bc_net": ("mlp", "unet"),
+    "bc_actor": ("diffusion", "gaussian"),
+    "reward_labels": ("unlabelled", "demos", "predicate"),
 }
+COUNTS = ("play_replay", "wm_octaves", "reward_rounds", "ft_warmup", "eval_curve")
+POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std",
+            "ft_clip", "ft_clip_first")
+SHARES = ("wm_balance", "bc_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda", "ft_gamma_denoise")
 RANGES = dict(  # lowest and highest; of all other numbers the whole ones start at 1 and the others at 0
-    **dict.fromkeys(("play_replay", "wm_octaves", "reward_rounds", "ft_warmup", "eval_curve"), (0, 10 ** 9)),
-    **dict.fromkeys(("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std", "ft_clip",
-                     "ft_clip_first"), (1e-12, 1e30)),
-    **dict.fromkeys(("wm_balance", "bc_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda", "ft_gamma_denoise"), (0, 1)),
-    wm_unimix=(0, 0.999), wm_decode=(1e-6, 1), seed=(0, 10 ** 9), image_size=(8, 512), workers=(1, 256), wm_codes=(2, 10 ** 6),
-    wm_classes=(2, 10 ** 6), wm_length=(2, 10 ** 6), play_episode=(12, 10 ** 6),
+    **dict.fromkeys(COUNTS, (0, 10 ** 9)),
+    **dict.fromkeys(POSITIVE, (1e-12, 1e30)),
+    **dict.fromkeys(SHARES, (0, 1)),
+    wm_unimix=(0, 0.999),
+    wm_decode=(1e-6, 1),
+    seed=(0, 10 ** 9),
+    image_size=(8, 512),
+    workers=(1, 256),
+    wm_codes=(2, 10 ** 6),
+    wm_classes=(2, 10 ** 6),
+    wm_length=(2, 10 ** 6),
+    play_episode=(12, 10 ** 6),
 )
 
 
@@ -586,19 +742,23 @@ def check_config(cfg):
         known(getattr(cfg, name), allowed, name)
     for field in dataclasses.fields(cfg):
         if field.type in (int, float):
+            value = getattr(cfg, field.name)
             low, high = RANGES.get(field.name, (1, 10 ** 9) if field.type is int else (0, 1e30))
-            if not low <= getattr(cfg, field.name) <= high:                               # a NaN is not, either
-                raise InputError(f"--{field.name} {getattr(cfg, field.name)} is out of range: give {low:g} to {high:g}")
+            if not low <= value <= high:                    # a NaN is not, either
+                raise InputError(f"--{field.name} {value} is out of range: give {low:g} to {high:g}")
     if cfg.sim == "none" and not cfg.data:
-        raise InputError("--sim none has nothing to record in: give a dataset with --data, or choose --sim tabletop")
+        raise InputError("--sim none has nothing to record in: give a dataset with --data, "
+                         "or choose --sim tabletop")
     if cfg.sim == "calvin":
         calvin_real.import_calvin_env(cfg.calvin_root)      # now, not after hours of training
     given = check_data(cfg) if cfg.data else None
     if given and cfg.task not in [*tasks_of(cfg), "all"]:
-        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: choose --task {', '.join(tasks_of(cfg))}, or all")
+        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: "
+                         f"choose --task {', '.join(tasks_of(cfg))}, or all")
     known(cfg.task, [*tasks_of(cfg), "all"], "task")
     if cfg.policy and (cfg.stage != "eval" or cfg.sim == "none"):
-        raise InputError(f"--policy {cfg.policy} is for --stage eval in a simulator: give --stage eval --policy {cfg.policy}")
+        raise InputError(f"--policy {cfg.policy} is for --stage eval in a simulator: "
+                         f"give --stage eval --policy {cfg.policy}")
     if cfg.policy and cfg.policy not in ("bc", "tuned") and not cfg.policy.isdecimal():
         raise InputError(f"--policy {cfg.policy} is unknown: give bc, tuned or the iteration of a snapshot")
     for stage in filter(None, cfg.keep.split(",")):
@@ -606,79 +766,101 @@ def check_config(cfg):
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but this torch sees no CUDA device: use --device cpu")
+        raise InputError("--device cuda was asked for, but this torch sees no CUDA device: "
+                         "use --device cpu")
     if cfg.device == "cuda":
         torch.set_float32_matmul_precision("high")          # TF32
     if cfg.wm_encoder == "conv" and cfg.image_size != 64:
-        raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: use --wm_encoder linear")
+        raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: "
+                         "use --wm_encoder linear")
     frames = len(given) if given else max(10, cfg.play_frames // cfg.play_episode) * cfg.play_episode
     most = min(3 * cfg.image_size ** 2, frames)
     if cfg.wm_encoder == "linear" and cfg.wm_codes > most:
-        raise InputError(f"--wm_codes {cfg.wm_codes} is more than {frames} frames of {cfg.image_size} px have: give at most {most}")
+        raise InputError(f"--wm_codes {cfg.wm_codes} is more than {frames} frames of {cfg.image_size} px "
+                         f"have: give at most {most}")
     if not 1 <= cfg.ft_steps <= cfg.bc_steps:
-        raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), not {cfg.ft_steps}")
+        raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), "
+                         f"not {cfg.ft_steps}")
     if cfg.reward_rounds and cfg.reward_labels != "unlabelled":
-        raise InputError(f"--reward_rounds {cfg.reward_rounds} lets unlabelled play change sides, but --reward_labels "
-                         f"{cfg.reward_labels} has none: give --reward_rounds 0")
+        raise InputError(f"--reward_rounds {cfg.reward_rounds} lets unlabelled play change sides, but "
+                         f"--reward_labels {cfg.reward_labels} has none: give --reward_rounds 0")
     if cfg.reward_rounds >= cfg.reward_updates:
-        raise InputError(f"--reward_rounds {cfg.reward_rounds} must be fewer than --reward_updates {cfg.reward_updates}")
+        raise InputError(f"--reward_rounds {cfg.reward_rounds} must be fewer than "
+                         f"--reward_updates {cfg.reward_updates}")
     if cfg.ft_iterations <= cfg.ft_warmup:
-        raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor waits for "
-                         f"--ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")
-    if cfg.ft_minibatches > cfg.ft_dreams * cfg.ft_chunks:
-        raise InputError(f"--ft_minibatches {cfg.ft_minibatches} is more than the {cfg.ft_dreams * cfg.ft_chunks} chunks of a rollout "
-                         f"(--ft_dreams x --ft_chunks): give fewer")
+        raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor "
+                         f"waits for --ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")
+    chunks = cfg.ft_dreams * cfg.ft_chunks
+    if cfg.ft_minibatches > chunks:
+        raise InputError(f"--ft_minibatches {cfg.ft_minibatches} is more than the {chunks} chunks of a "
+                         "rollout (--ft_dreams x --ft_chunks): give fewer")
     window = (cfg.wm_length - 1) * cfg.wm_stride + 1
     if window > cfg.play_episode:
-        raise InputError(f"--wm_length {cfg.wm_length} x --wm_stride {cfg.wm_stride} is a window of {window} frames, and "
-                         f"--play_episode {cfg.play_episode} is shorter: give a smaller --wm_length or a longer --play_episode")
+        raise InputError(f"--wm_length {cfg.wm_length} x --wm_stride {cfg.wm_stride} is a window of {window} "
+                         f"frames, and --play_episode {cfg.play_episode} is shorter: "
+                         "give a smaller --wm_length or a longer --play_episode")
     if cfg.bc_chunk % cfg.wm_stride:
-        raise InputError(f"--bc_chunk {cfg.bc_chunk} must be a multiple of --wm_stride {cfg.wm_stride}: a chunk is dreamed in "
-                         f"whole steps of the world model")
+        raise InputError(f"--bc_chunk {cfg.bc_chunk} must be a multiple of --wm_stride {cfg.wm_stride}: "
+                         "a chunk is dreamed in whole steps of the world model")
     if cfg.eval_steps < cfg.bc_chunk:
-        raise InputError(f"--eval_steps {cfg.eval_steps} ends before the first chunk does: give --bc_chunk {cfg.bc_chunk} or more")
+        raise InputError(f"--eval_steps {cfg.eval_steps} ends before the first chunk does: "
+                         f"give --bc_chunk {cfg.bc_chunk} or more")
     if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
-        raise InputError(f"--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, not {cfg.bc_chunk}")
+        raise InputError("--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, "
+                         f"not {cfg.bc_chunk}")
     if cfg.reward_labels == "predicate" and given and not given.has_scene:
-        raise InputError(f"--reward_labels predicate applies the task's rule to play, but {cfg.data} has no scene state "
-                         f"(scene_obs): give --reward_labels unlabelled")
+        raise InputError(f"--reward_labels predicate applies the task's rule to play, but {cfg.data} has no "
+                         "scene state (scene_obs): give --reward_labels unlabelled")
     return cfg
 
 
 def tasks_of(cfg):
-    """The tasks that a run can be about: the eight of CALVIN; of a recording, those that it has segments of (and the simulator, if any, knows)."""
-    recorded = list(dict.fromkeys(task for task, _, _ in Dataset(cfg.data).segments)) if cfg.data else []
+    """The tasks that a run can be about.
+
+    The eight of CALVIN; of a recording, those that it has segments of (and the simulator, if any, knows)."""
+    recorded = []
+    if cfg.data:
+        recorded = list(dict.fromkeys(task for task, _, _ in Dataset(cfg.data).segments))
     known_ones = [task for task in calvin_sim.TASKS if task in recorded or not recorded]
     return known_ones + [task for task in recorded if task not in known_ones and cfg.sim == "none"]
 
 
-# --- somebody else's recording: --data ------------------------------------------------------------------------------------
+# --- somebody else's recording: --data ----------------------------------------------------------------------
 
 def check_data(cfg):
     """The dataset of --data, if a run with these settings can use it."""
     given = Dataset(cfg.data)
     if given.image_size != cfg.image_size:
-        raise InputError(f"{cfg.data} holds frames of {given.image_size} px, not {cfg.image_size}: give --image_size "
-                         f"{given.image_size}, or import it again")
-    if cfg.sim != "none" and given.meta.get("renderer") != RENDERERS[cfg.sim]:
-        print(f"warning: {cfg.data} was rendered by '{given.meta.get('renderer')}' and --sim {cfg.sim} renders by "
+        raise InputError(f"{cfg.data} holds frames of {given.image_size} px, not {cfg.image_size}: "
+                         f"give --image_size {given.image_size}, or import it again")
+    renderer = given.meta.get("renderer")
+    if cfg.sim != "none" and renderer != RENDERERS[cfg.sim]:
+        print(f"warning: {cfg.data} was rendered by '{renderer}' and --sim {cfg.sim} renders by "
               f"'{RENDERERS[cfg.sim]}': the policy will meet pictures that it was not trained on")
     return given
 
 
 def cut_episodes(episodes, length):
-    """Cut long episodes [E, 2] into even pieces of at most `length` frames: whole ones can be held out, even if the recording is a single one."""
-    pieces = [np.array_split(np.arange(a, b + 1), -(-(b - a + 1) // length)) for a, b in episodes]
-    return np.array([(p[0], p[-1]) for episode in pieces for p in episode], np.int64)
+    """Cut long episodes [E, 2] into even pieces of at most `length` frames.
+
+    So whole ones can be held out, even if the recording is a single one."""
+    cut = []
+    for a, b in episodes:
+        number = -(-(b - a + 1) // length)                  # rounded up
+        cut += [(piece[0], piece[-1]) for piece in np.array_split(np.arange(a, b + 1), number)]
+    return np.array(cut, np.int64)
 
 
 def cut_recording(cfg, given):
-    """Pieces of a recording, --play_episode long or, of a small one, so short that one of ten can be held out.  -> episodes [E, 2]"""
+    """Pieces of a recording -> episodes [E, 2]
+
+    They are --play_episode long or, of a small recording, so short that one of ten can be held out."""
     def pieces(window):                                     # the longest that leave enough of them, if any do
         for length in range(cfg.play_episode, window - 1, -1):
             episodes = cut_episodes(given.episodes, length)
             long_enough = episodes[:, 1] - episodes[:, 0] + 1 >= window
-            if len(episodes) >= HELD_OUT and long_enough[np.arange(len(episodes)) % HELD_OUT < HELD_OUT - 1].any():
+            trained_on = np.arange(len(episodes)) % HELD_OUT < HELD_OUT - 1
+            if len(episodes) >= HELD_OUT and long_enough[trained_on].any():
                 return episodes
 
     for wm_length in range(cfg.wm_length, 1, -1):
@@ -687,19 +869,25 @@ def cut_recording(cfg, given):
             continue
         if wm_length == cfg.wm_length:
             return episodes
-        raise InputError(f"{cfg.data} has {len(given)} frames, too few for ten pieces as long as --wm_length {cfg.wm_length} asks for "
-                         f"(one of them is held out): give --wm_length {wm_length}, or record more")
-    raise InputError(f"{cfg.data} has {len(given)} frames in {len(given.episodes)} episodes, too few to train on and to hold out: record more")
+        raise InputError(f"{cfg.data} has {len(given)} frames, too few for ten pieces as long as "
+                         f"--wm_length {cfg.wm_length} asks for (one of them is held out): "
+                         f"give --wm_length {wm_length}, or record more")
+    raise InputError(f"{cfg.data} has {len(given)} frames in {len(given.episodes)} episodes, "
+                     "too few to train on and to hold out: record more")
 
 
 def held_out(segments, play):
-    """Which of the segments lie in episodes of the play that the world model is not trained on?  -> list of bool"""
+    """Which of the segments lie in episodes of the play that the world model is not trained on?
+
+    -> list of bool"""
     _, unseen = play.split()
     return [any(a <= first and last <= b for a, b in unseen) for _, first, last in segments]
 
 
 def use_given_play(cfg, folder):
-    """The dataset of --data as play: an index into its frames; and what was held out of it as the demonstrations that judge."""
+    """The dataset of --data as play: an index into its frames.
+
+    And what was held out of it as the demonstrations that judge."""
     given = check_data(cfg)
     episodes = cut_recording(cfg, given)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -709,13 +897,15 @@ def use_given_play(cfg, folder):
         np.save(temporary / "ep_start_end_ids.npy", episodes)
         meta = dict(given.meta, frames_in=str(given.path.absolute()), **origin(cfg, "play"))
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    judges, seen_before = [], []
+    judges = []
+    seen_before = []
     unseen = dict(zip(given.segments, held_out(given.segments, Dataset(temporary))))
     for task in dict.fromkeys(task for task, _, _ in given.segments):
         every = [s for s in given.segments if s[0] == task]
         mine = [s for s in every if unseen[s]]
         if not mine:
-            print(f"warning: no segment of {task} was held out of {cfg.data}: it is judged on ones that were trained on")
+            print(f"warning: no segment of {task} was held out of {cfg.data}: "
+                  "it is judged on ones that were trained on")
             seen_before.append(task)
         judges += (mine or every)[:cfg.play_replay]
     pack_segments(cfg, "play", folder.with_name("replay"), judges, trained_on=seen_before)
@@ -723,12 +913,14 @@ def use_given_play(cfg, folder):
 
 
 def use_given_demos(cfg, folder):
-    """Up to demo_count segments of the task in the dataset of --data; those that judge are cloned only if there are no others."""
+    """Up to demo_count segments of the task in the dataset of --data.
+
+    Those that judge are cloned only if there are no others."""
     given = check_data(cfg)
     mine = [s for s in given.segments if s[0] == cfg.task and s[2] - s[1] >= SHORTEST]
     if not mine:
-        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone, of more than {SHORTEST} frames: "
-                         f"'python data.py inspect {cfg.data}' lists those it has")
+        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone, of more than {SHORTEST} "
+                         f"frames: 'python data.py inspect {cfg.data}' lists those it has")
     unseen = held_out(mine, load(cfg, "play"))
     segments = [s for s, judges in zip(mine, unseen) if not judges] or mine
     segments = segments[:cfg.demo_count]
@@ -740,31 +932,40 @@ SHORTEST = 8                                                # frames of a segmen
 
 
 def pack_segments(cfg, stage, folder, segments, **more):
-    """Copy segments [(task, first, last)] of the dataset of --data into one of their own, an episode each; none, no dataset."""
+    """Copy segments [(task, first, last)] of the dataset of --data into one of their own, an episode each.
+
+    None, no dataset."""
     given = Dataset(cfg.data)
     parts = folder.with_name(folder.name + ".parts")
     shutil.rmtree(folder, ignore_errors=True)
     if not segments:
         return
-    for i, (_, a, b) in enumerate(segments):
-        save_part(parts / f"{i}.npz", {key: given[key][a:b + 1] for key in FIELDS})
+    paths = []
+    placed = []
+    for i, (task, a, b) in enumerate(segments):
+        paths.append(parts / f"{i}.npz")
+        placed.append((task, 0, b - a))
+        save_part(paths[-1], {key: given[key][a:b + 1] for key in FIELDS})
     meta = {key: given.meta.get(key) for key in ("source", "renderer")}
     meta = dict(meta, **more, **origin(cfg, stage), versions=versions(cfg))
-    pack([parts / f"{i}.npz" for i in range(len(segments))], folder, meta, [(task, 0, b - a) for task, a, b in segments])
+    pack(paths, folder, meta, placed)
     shutil.rmtree(parts)
 
 
-# --- the command line -------------------------------------------------------------------------------------------------------
+# --- the command line ---------------------------------------------------------------------------------------
 
 def command_line(argv, config, presets, stage_work, title):
-    """Run a command line; stage_work: {stage: function(cfg)}.  -> the exit code: 0, 2 when something given cannot be used, 130 when interrupted"""
+    """Run a command line; stage_work: {stage: function(cfg)}.
+
+    -> the exit code: 0, 2 when something given cannot be used, 130 when interrupted"""
     if called_by_a_worker():
-        print("diwa: a script calls diwa.main() while it is being imported by a worker process: put that call under "
-              "'if __name__ == \"__main__\":'", file=sys.stderr)
+        print("diwa: a script calls diwa.main() while it is being imported by a worker process: "
+              "put that call under 'if __name__ == \"__main__\":'", file=sys.stderr)
         sys.exit(2)
-    definitions()                                           # the code as it is now: an editor may change it during the run
+    definitions()                         # the code as it is now: an editor may change it during the run
     try:
-        run(check_config(parse(argv, config, presets, title, f"tasks: {', '.join(calvin_sim.TASKS)}")), stage_work)
+        epilog = f"tasks: {', '.join(calvin_sim.TASKS)}"
+        run(check_config(parse(argv, config, presets, title, epilog)), stage_work)
     except InputError as error:
         print(f"\ndiwa: {error}", file=sys.stderr)
         return 2
@@ -772,8 +973,9 @@ def command_line(argv, config, presets, stage_work, title):
         print(f"\ndiwa: the file system refuses ({error}): {ELSEWHERE}", file=sys.stderr)
         return 2
     except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"\ndiwa: out of memory ({str(error).splitlines()[0] if str(error) else 'no more of it'}): try a smaller --wm_batch "
-              f"or fewer --ft_dreams, then run the same command again", file=sys.stderr)
+        what = str(error).splitlines()[0] if str(error) else "no more of it"
+        print(f"\ndiwa: out of memory ({what}): try a smaller --wm_batch or fewer --ft_dreams, "
+              "then run the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndiwa: interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -782,8 +984,11 @@ def command_line(argv, config, presets, stage_work, title):
 
 
 def called_by_a_worker():
-    """Is this program running in a process that is just being started?  Then a script without a main guard has called it once more."""
-    return getattr(multiprocessing.current_process(), "_inheriting", False)          # what multiprocessing itself looks at
+    """Is this program running in a process that is just being started?
+
+    Then a script without a main guard has called it once more."""
+    # what multiprocessing itself looks at
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
 def run(cfg, stage_work):
