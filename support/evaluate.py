@@ -1,5 +1,7 @@
-"""evaluate.py: policies meet a simulator (or, without one, a dream), each from the same start states.  Only here, and never on the way from recordings to a tuned policy.
-Then the last two stages of diwa.py, eval and report.
+"""evaluate.py: policies meet a simulator (or, without one, a dream), each from the same start states.
+
+Only here, and never on the way from recordings to a tuned policy.  Then the last two stages of diwa.py, eval
+and report.
 
 SimEnv, at the end, is the road that DiWA does not take: the same PPO on a simulator instead of a dream.
 """
@@ -14,14 +16,18 @@ import calvin_sim
 from data import Recording
 from support import report
 from support.files import write_atomic
-from support.runs import (STAGES, first_seed, in_processes, load, load_file, load_judges, make_sim, origin, output, read_log, seed_everything, sim_of,
-                  versions)
+from support.runs import (STAGES, first_seed, in_processes, load, load_file, load_judges, make_sim, origin, output,
+                          read_log, seed_everything, sim_of, versions)
 
 
 def evaluation_job(job):
-    """One simulator process: run the agent from each group of start seeds, the tabletops of a group in lock step.  -> list of episodes, see run_episodes"""
-    cfg, groups = dataclasses.replace(job["cfg"], device="cpu"), job["groups"]
-    agent, results = job["load_agent"](cfg, job["policy"]), []
+    """One simulator process: run the agent from each group of start seeds.
+
+    The tabletops of a group go in lock step.  -> list of episodes, see run_episodes"""
+    cfg = dataclasses.replace(job["cfg"], device="cpu")
+    groups = job["groups"]
+    agent = job["load_agent"](cfg, job["policy"])
+    results = []
     sims = [make_sim(**sim_of(cfg)) for _ in range(max(len(group) for group in groups))]
     for group in groups:
         seed_everything("evaluate", group[0])
@@ -32,11 +38,20 @@ def evaluation_job(job):
 
 
 def run_episodes(cfg, agent, sims, seeds, record=()):
-    """An episode a seed -> [dict(seed, success, steps, truth, real, dream: verdicts at chunk ends, dreamed_success)], and frames for the seeds in record."""
-    B, H = len(sims), cfg.bc_chunk
-    obs = [sim.reset(*calvin_sim.sample_start(cfg.task, np.random.default_rng(seed))) for sim, seed in zip(sims, seeds)]
-    start, solved, steps = np.stack([o["scene_obs"] for o in obs]), np.zeros(B, bool), np.full(B, cfg.eval_steps)
-    frames, real, truth, actions = [[] for _ in range(B)], [], [], []
+    """An episode a seed -> [dict(seed, success, steps, truth, real, dream, dreamed_success)]
+
+    truth, real, dream: verdicts at chunk ends; and frames for the seeds in record."""
+    B = len(sims)
+    H = cfg.bc_chunk
+    starts = [calvin_sim.sample_start(cfg.task, np.random.default_rng(seed)) for seed in seeds]
+    obs = [sim.reset(*state) for sim, state in zip(sims, starts)]
+    start = np.stack([o["scene_obs"] for o in obs])
+    solved = np.zeros(B, bool)
+    steps = np.full(B, cfg.eval_steps)
+    frames = [[] for _ in range(B)]
+    real = []
+    truth = []
+    actions = []
     agent.reset(B)
     for t in range(cfg.eval_steps + 1):
         shared = set.intersection(*(set(o) for o in obs))    # pictures only where everyone has them
@@ -50,30 +65,47 @@ def run_episodes(cfg, agent, sims, seeds, record=()):
         if t == cfg.eval_steps or (t >= steps + H).all() and t % H == 0:
             break
         actions.append(torch.from_numpy(action))
-        for i in np.flatnonzero(t < steps + H):             # a chunk more than it takes: the classifier deserves a second look
+        # a chunk more than it takes: the classifier deserves a second look
+        for i in np.flatnonzero(t < steps + H):
             last = t + 1 == steps[i] + H                    # what it shows stands for the arm from then on
-            obs[i] = sims[i].step(action[i], look=(t + 1) % cfg.wm_stride == 0 or last or seeds[i] in record)
+            look = (t + 1) % cfg.wm_stride == 0 or last or seeds[i] in record
+            obs[i] = sims[i].step(action[i], look=look)
             if not solved[i] and calvin_sim.success(cfg.task, start[i], obs[i]["scene_obs"]):
-                solved[i], steps[i] = True, t + 1
+                solved[i] = True
+                steps[i] = t + 1
     dream = agent.dreamed_verdicts(torch.stack(actions, 1))
     dreamed = agent.dreamed_success()
-    real, truth, ends = np.stack(real, 1), np.stack(truth, 1), 1 - -steps // H                        # [B, T / H]
-    cut = lambda x, i: [int(v) for v in x[i, :ends[i]]]
+    real = np.stack(real, 1)                                                                 # [B, T / H]
+    truth = np.stack(truth, 1)
+    ends = 1 - -steps // H                                  # so many count of an episode
     episodes = []
     for i in range(B):
-        episode = dict(seed=int(seeds[i]), success=bool(solved[i]), steps=int(steps[i]), truth=cut(truth, i), real=cut(real, i),
-                       dream=cut(dream, i), dreamed_success=bool(dreamed[i]))
-        episodes.append(dict(episode, frames=frames[i]) if frames[i] else episode)
+        episode = dict(
+            seed=int(seeds[i]),
+            success=bool(solved[i]),
+            steps=int(steps[i]),
+            truth=[int(v) for v in truth[i, :ends[i]]],
+            real=[int(v) for v in real[i, :ends[i]]],
+            dream=[int(v) for v in dream[i, :ends[i]]],
+            dreamed_success=bool(dreamed[i]),
+        )
+        if frames[i]:
+            episode["frames"] = frames[i]
+        episodes.append(episode)
     return episodes
 
 
 def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=None):
-    """Every policy ("bc", "tuned" or a snapshot's iteration) in the simulator, from the start states of the seeds -> {policy: episodes}
+    """Every policy in the simulator, from the start states of the seeds -> {policy: episodes}
 
+    A policy is "bc", "tuned" or a snapshot's iteration.
     load_agent(cfg, policy) -> an agent: a function of a module, since worker processes call it.
     A group shares its noise, so the groups depend on the seeds alone, never on the number of processes.
-    record: seeds whose frames are kept.  finished: {policy/first seed of a group: episodes} that need not be done again; keep(finished) saves it."""
-    size = 10 if cfg.sim == "tabletop" else 1               # in lock step, so that the networks run batched; calvin_env: one a process
+    record: seeds whose frames are kept.
+    finished: {policy/first seed of a group: episodes} that need not be done again.
+    keep(finished) saves it."""
+    # in lock step, so that the networks run batched; calvin_env: one a process
+    size = 10 if cfg.sim == "tabletop" else 1
     groups = [[int(s) for s in seeds[a:a + size]] for a in range(0, len(seeds), size)]
     finished = {} if finished is None else finished
     jobs_a_policy = cfg.workers if cfg.sim == "tabletop" else max(cfg.workers, len(seeds) // 10)
@@ -82,33 +114,44 @@ def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=No
     for policy in policies:
         todo = [group for group in groups if f"{policy}/{group[0]}" not in finished]
         for a in range(0, len(todo), share):
-            jobs.append(dict(cfg=cfg, load_agent=load_agent, policy=policy, groups=todo[a:a + share], record=record))
+            part = todo[a:a + share]
+            jobs.append(dict(cfg=cfg, load_agent=load_agent, policy=policy, groups=part, record=record))
     for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation") if jobs else ()):
         for group in job["groups"]:
             finished[f"{job['policy']}/{group[0]}"] = [e for e in episodes if e["seed"] in group]
         if keep:
             keep(finished)
-    return {policy: [e for group in groups for e in finished[f"{policy}/{group[0]}"]] for policy in policies}
+    results = {}
+    for policy in policies:
+        results[policy] = [e for group in groups for e in finished[f"{policy}/{group[0]}"]]
+    return results
 
 
 def dream_evaluation(cfg, load_agent):
-    """Without a simulator: before and after in the dream, once from each recorded first frame of the demonstrations that judge.
+    """Without a simulator: before and after in the dream.
 
-    -> results, dream_success, trained_on: the frames are those of demonstrations that the policy was cloned from, for want of others"""
+    Once from each recorded first frame of the demonstrations that judge.
+    -> results, dream_success, trained_on: the frames are those of demonstrations that the policy was cloned
+    from, for want of others"""
     recording = load_judges(cfg)
-    begin = [a for task, a, _ in recording.segments if task == cfg.task] if recording else []
+    begin = []
+    if recording:
+        begin = [a for task, a, _ in recording.segments if task == cfg.task]
     trained_on = not begin or cfg.task in recording.meta.get("trained_on", [])
     if not begin:
         recording = load(cfg, "demos")
         begin = [a for _, a, _ in recording.segments]
-    frames, results = np.array(begin[:cfg.eval_episodes]), {}
+    frames = np.array(begin[:cfg.eval_episodes])
+    results = {}
     for policy in ("bc", "tuned"):
         seed_everything("evaluate", cfg.seed)
         agent = load_agent(cfg, policy)
         agent.reset(len(frames))
         agent.observe({key: recording[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
-        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, agent.dreamed_success())]
-    return dict(results=results, curve={}, dream_success=float(np.mean([r["success"] for r in results["tuned"]])), trained_on=trained_on)
+        dreamed = agent.dreamed_success()
+        results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dreamed)]
+    dream_success = float(np.mean([r["success"] for r in results["tuned"]]))
+    return dict(results=results, curve={}, dream_success=dream_success, trained_on=trained_on)
 
 
 def start_seeds(cfg):
@@ -122,7 +165,9 @@ def rollout_path(cfg, name):
 
 
 def before_and_after(cfg, load_agent):
-    """Before and after on the same start states; the learning curve on others.  Only here does the new policy meet a simulator."""
+    """Before and after on the same start states; the learning curve on others.
+
+    Only here does the new policy meet a simulator."""
     path = output(cfg, "eval")
     for name in ("before", "after"):
         rollout_path(cfg, name).unlink(missing_ok=True)     # of an older evaluation
@@ -134,11 +179,14 @@ def before_and_after(cfg, load_agent):
     finished = content["finished"] if content.get("origin") == origin(cfg, "eval") else {}
 
     def keep(finished):
-        write_atomic(partial, lambda p: p.write_text(json.dumps(dict(origin=origin(cfg, "eval"), finished=finished))))
+        content = dict(origin=origin(cfg, "eval"), finished=finished)
+        write_atomic(partial, lambda p: p.write_text(json.dumps(content)))
 
     reported, others = start_seeds(cfg)
     results = evaluate(cfg, load_agent, ("bc", "tuned"), reported, (), finished, keep)
-    snapshots = ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)] if cfg.eval_curve else []
+    snapshots = []
+    if cfg.eval_curve:
+        snapshots = ["bc", *sorted(load(cfg, "finetune")["snapshots"], key=int)]
     curve = {}
     for policy, episodes in evaluate(cfg, load_agent, snapshots, others, (), finished, keep).items():
         curve["0" if policy == "bc" else policy] = float(np.mean([e["success"] for e in episodes]))
@@ -149,23 +197,27 @@ def before_and_after(cfg, load_agent):
 
 
 def one_policy(cfg, load_agent):
-    """--policy: one policy from the reported start states, in a file of its own; what the report shows stays as it is."""
+    """--policy: one policy from the reported start states, in a file of its own; the report stays as it is."""
     reported, _ = start_seeds(cfg)
     episodes = evaluate(cfg, load_agent, [cfg.policy], reported)[cfg.policy]
     path = output(cfg, "eval").with_name(f"eval_{cfg.task}_{cfg.policy}.json")
-    write_atomic(path, lambda p: p.write_text(json.dumps(dict(origin(cfg, "eval"), results={cfg.policy: episodes}))))
-    print(f"{cfg.policy}: {report.rate([e['success'] for e in episodes])} of {len(episodes)} start states in the simulator, "
-          f"{report.rate([e['dreamed_success'] for e in episodes])} in the dream; {path}")
+    content = dict(origin(cfg, "eval"), results={cfg.policy: episodes})
+    write_atomic(path, lambda p: p.write_text(json.dumps(content)))
+    real, dreamed = (report.rate([e[key] for e in episodes]) for key in ("success", "dreamed_success"))
+    print(f"{cfg.policy}: {real} of {len(episodes)} start states in the simulator, {dreamed} in the dream; {path}")
 
 
 def record_rollouts(cfg, load_agent, results):
-    """The gifs before and after: two episodes run again with a camera, failures that became successes where there are some."""
+    """The gifs before and after: two episodes run again with a camera.
+
+    They are failures that became successes where there are some."""
     seeds, _ = start_seeds(cfg)
-    turned = [r["seed"] for r, t in zip(results["bc"], results["tuned"]) if t["success"] and not r["success"]]
+    pairs = zip(results["bc"], results["tuned"])
+    turned = [old["seed"] for old, new in pairs if new["success"] and not old["success"]]
     chosen = [*turned, *map(int, seeds)][:2]
     size = 10 if cfg.sim == "tabletop" else 1
     firsts = sorted({size * ((seed - int(seeds[0])) // size) for seed in chosen})
-    group = np.concatenate([seeds[a:a + size] for a in firsts])                         # whole groups: they share their noise
+    group = np.concatenate([seeds[a:a + size] for a in firsts])         # whole groups: they share their noise
     again = evaluate(cfg, load_agent, ("bc", "tuned"), group, chosen)
     for policy, name in (("bc", "before"), ("tuned", "after")):
         report.gif(rollout_path(cfg, name), [f for r in again[policy] for f in r.get("frames", ())])
@@ -173,36 +225,48 @@ def record_rollouts(cfg, load_agent, results):
 
 @torch.no_grad()
 def write_report(cfg, load_agent, views):
-    """Tables and pictures from what the other stages left behind; the dream is of a held-out demonstration, from its first frame."""
-    folder, evaluation = output(cfg, "eval").parent, load(cfg, "eval")
+    """Tables and pictures from what the other stages left behind.
+
+    The dream is of a held-out demonstration, from its first frame."""
+    folder = output(cfg, "eval").parent
+    evaluation = load(cfg, "eval")
     trust = load(cfg, "reward")["trust"]
     if cfg.sim != "none" and not all(rollout_path(cfg, name).exists() for name in ("before", "after")):
         record_rollouts(cfg, load_agent, evaluation["results"])
     dream_log = read_log(cfg, "finetune", "dream_success")
     report.curves(folder / f"curves_{cfg.task}.png", cfg.task, dream_log, evaluation, cfg.eval_curve, trust)
     agent = load_agent(cfg, "bc")
-    wm, classifier = agent.wm, agent.classifier
+    wm = agent.wm
     source, (a, b) = shown_span(cfg)
     recording = Recording(cfg, source, wm)
     seen, dreamed, frames = views(wm, recording, np.array([a]), b - a + 1)
-    score = classifier(dreamed[:, :1].expand_as(dreamed), dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
+    start = dreamed[:, :1].expand_as(dreamed)
+    score = agent.classifier(start, dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
     truth = [recording.ds[k][frames[0]] for k in ("rgb_static", "rgb_gripper")]
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
-    report.gif(folder / f"dream_{cfg.task}.gif", report.dream_strip(truth, watched, imagined, score), 2, cfg.wm_stride)
+    strip = report.dream_strip(truth, watched, imagined, score)
+    report.gif(folder / f"dream_{cfg.task}.gif", strip, 2, cfg.wm_stride)
     minutes = {}
     for stage in STAGES:
         if values := read_log(cfg, stage, "minutes")[1]:
             minutes[stage] = values[-1]
     judges = load_judges(cfg)
-    judged = dict(load(cfg, "wm")["judged"], trust=trust, trained_on=judges.meta.get("trained_on", []) if judges else [])
-    lines = report.write(folder, cfg.task, dataclasses.asdict(cfg), versions(cfg), evaluation, judged, minutes)
+    trained_on = judges.meta.get("trained_on", []) if judges else []
+    judged = dict(load(cfg, "wm")["judged"], trust=trust, trained_on=trained_on)
+    settings = dataclasses.asdict(cfg)
+    lines = report.write(folder, cfg.task, settings, versions(cfg), evaluation, judged, minutes)
     print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
 
 
 def shown_span(cfg):
-    """What the dream's picture shows: the first demonstration of the task that judges, else a stretch of held-out play.  -> dataset, (first, last)"""
-    judges, play = load_judges(cfg), load(cfg, "play")
-    spans = [(a, b) for task, a, b in judges.segments if task == cfg.task] if judges else []
+    """What the dream's picture shows -> dataset, (first, last)
+
+    The first demonstration of the task that judges, else a stretch of held-out play."""
+    judges = load_judges(cfg)
+    play = load(cfg, "play")
+    spans = []
+    if judges:
+        spans = [(a, b) for task, a, b in judges.segments if task == cfg.task]
     if spans:
         return judges, spans[0]
     a, b = play.split()[1][0]
@@ -210,20 +274,28 @@ def shown_span(cfg):
 
 
 class SimEnv:
-    """The same interface as DreamEnv over real simulators: its PPO is the online rival DPPO, with the world model as encoder."""
+    """The same interface as DreamEnv over real simulators.
+
+    Its PPO is the online rival DPPO, with the world model as encoder."""
 
     def __init__(self, cfg, agent, sims, seed):
-        self.cfg, self.wm, self.sims, self.horizon, self.filter = cfg, agent.wm, sims, cfg.ft_horizon, agent
+        self.cfg = cfg
+        self.wm = agent.wm
+        self.sims = sims
+        self.horizon = cfg.ft_horizon
+        self.filter = agent
         self.rng = np.random.default_rng(seed)
 
     def reset(self):
         self.obs = [sim.reset(*calvin_sim.sample_start(self.cfg.task, self.rng)) for sim in self.sims]
-        self.start, self.age = [o["scene_obs"] for o in self.obs], np.zeros(len(self.sims), int)
+        self.start = [o["scene_obs"] for o in self.obs]
+        self.age = np.zeros(len(self.sims), int)
         self.filter.reset(len(self.sims))
         return self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
 
     def step(self, chunk):
-        device, done = chunk.device, np.zeros(len(self.sims), bool)
+        device = chunk.device
+        done = np.zeros(len(self.sims), bool)
         for k in range(chunk.shape[1]):
             action = self.filter.execute(chunk[:, k])
             look = (k + 1) % self.cfg.wm_stride == 0         # the frames in between are not filtered
@@ -233,10 +305,12 @@ class SimEnv:
                     done[i] = calvin_sim.success(self.cfg.task, self.start[i], self.obs[i]["scene_obs"])
             final = self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
         self.age += 1
-        truncated, feature = (self.age >= self.horizon) & ~done, final.clone()
+        truncated = (self.age >= self.horizon) & ~done
+        feature = final.clone()
         for i in np.flatnonzero(done | truncated):
             self.obs[i] = self.sims[i].reset(*calvin_sim.sample_start(self.cfg.task, self.rng))
-            self.start[i], self.age[i] = self.obs[i]["scene_obs"], 0
+            self.start[i] = self.obs[i]["scene_obs"]
+            self.age[i] = 0
             single = copy.copy(self.filter)                 # the same networks, a memory of its own
             single.reset(1)
             feature[i] = single.observe({k: [v] for k, v in self.obs[i].items()})[0]

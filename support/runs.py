@@ -383,10 +383,9 @@ def restore(cfg, stage, state):
 
 
 def first_seed(cfg, purpose, task=None):
-    """The first of the simulator seeds for play, judges, demos, eval or curve: no two purposes, tasks or runs share
-    one."""
-    places = {"play": (0, 0), "judges": (500_000, 1000), "demos": (700_000, 10_000), "eval": (900_000, 10_000),
-              "curve": (905_000, 10_000)}
+    """The first simulator seed for play, judges, demos, eval or curve: no purposes, tasks or runs share one."""
+    places = {"play": (0, 0), "judges": (500_000, 1000), "demos": (700_000, 10_000),
+              "eval": (900_000, 10_000), "curve": (905_000, 10_000)}
     base, step = places[purpose]
     return 1_000_000 * (cfg.seed + 1) + base + step * (list(calvin_sim.TASKS).index(task) if task else 0)
 
