@@ -16,8 +16,8 @@ import calvin_sim
 from data import Recording
 from support import report
 from support.files import write_atomic
-from support.runs import (STAGES, first_seed, in_processes, load, load_file, load_judges, make_sim, origin, output,
-                          read_log, seed_everything, sim_of, versions)
+from support.runs import (STAGES, first_seed, in_processes, load, load_file, load_judges, make_sim, origin,
+                          output, read_log, seed_everything, sim_of, versions)
 
 
 def evaluation_job(job):
@@ -197,14 +197,15 @@ def before_and_after(cfg, load_agent):
 
 
 def one_policy(cfg, load_agent):
-    """--policy: one policy from the reported start states, in a file of its own; the report stays as it is."""
+    """--policy: one policy from the reported start states, in a file of its own, beside the report."""
     reported, _ = start_seeds(cfg)
     episodes = evaluate(cfg, load_agent, [cfg.policy], reported)[cfg.policy]
     path = output(cfg, "eval").with_name(f"eval_{cfg.task}_{cfg.policy}.json")
     content = dict(origin(cfg, "eval"), results={cfg.policy: episodes})
     write_atomic(path, lambda p: p.write_text(json.dumps(content)))
     real, dreamed = (report.rate([e[key] for e in episodes]) for key in ("success", "dreamed_success"))
-    print(f"{cfg.policy}: {real} of {len(episodes)} start states in the simulator, {dreamed} in the dream; {path}")
+    print(f"{cfg.policy}: {real} of {len(episodes)} start states in the simulator, {dreamed} in the dream; "
+          f"{path}")
 
 
 def record_rollouts(cfg, load_agent, results):

@@ -383,7 +383,7 @@ def restore(cfg, stage, state):
 
 
 def first_seed(cfg, purpose, task=None):
-    """The first simulator seed for play, judges, demos, eval or curve: no purposes, tasks or runs share one."""
+    """The first simulator seed for play, judges, demos, eval or curve; none is shared by two."""
     places = {"play": (0, 0), "judges": (500_000, 1000), "demos": (700_000, 10_000),
               "eval": (900_000, 10_000), "curve": (905_000, 10_000)}
     base, step = places[purpose]
