@@ -11,15 +11,19 @@ from data import Dataset
 from support.calvin_import import import_calvin
 from support.files import InputError, write_atomic
 
+BLOCK = "{0}.x {0}.y {0}.z {0}.roll {0}.pitch {0}.yaw"
+BLOCKS = " ".join(BLOCK.format(colour) for colour in ("red", "blue", "pink"))
 NAMES = {
     "rel_actions": "dx dy dz droll dpitch dyaw gripper",
     "robot_obs": "x y z roll pitch yaw width joint1 joint2 joint3 joint4 joint5 joint6 joint7 command",
-    "scene_obs": " ".join(["slider drawer button switch bulb led"] + [f"{c}.x {c}.y {c}.z {c}.roll {c}.pitch {c}.yaw" for c in ("red", "blue", "pink")]),
+    "scene_obs": f"slider drawer button switch bulb led {BLOCKS}",
 }
 
 
 def inspect(path, out=None):
-    """Print what a dataset holds (lengths in frames, positions in m, angles in rad) and draw it into the file out, contact_sheet.png."""
+    """Print what a dataset holds (lengths in frames, positions in m, angles in rad), and draw it.
+
+    out: the file of the picture, contact_sheet.png."""
     ds = Dataset(path)
     lengths = ds.episodes[:, 1] - ds.episodes[:, 0] + 1
     print(f"{path}: {len(ds)} frames ({len(ds) / 1800:.1f} minutes at 30 Hz), images {ds.image_size} px, "
@@ -40,34 +44,50 @@ def inspect(path, out=None):
 
 
 def contact_sheet(ds, out, columns=8, rows=40):
-    """A picture of each task's first segment from start to end, static camera over gripper camera; of episodes if there are no segments."""
-    from matplotlib.figure import Figure                            # here, as nothing else needs it; works without a display
+    """A picture of each task's first segment from start to end, static camera over gripper camera.
+
+    Of episodes if there are no segments."""
+    from matplotlib.figure import Figure            # here, as nothing else needs it; works without a display
     spans = list({task: (task, a, b) for task, a, b in reversed(ds.segments)}.values())
-    spans = sorted(spans or [(f"episode {i}", a, b) for i, (a, b) in enumerate(ds.episodes)], key=lambda span: span[1])[:rows]
+    if not spans:
+        spans = [(f"episode {i}", a, b) for i, (a, b) in enumerate(ds.episodes)]
+    spans = sorted(spans, key=lambda span: span[1])[:rows]
     figure = Figure(figsize=(1.2 * columns, 2.7 * len(spans)), layout="constrained")
     for axis, (title, a, b) in zip(np.atleast_1d(figure.subplots(len(spans), 1)), spans):
         frames = np.linspace(a, b, columns).round().astype(int)
-        axis.imshow(np.concatenate([np.concatenate(list(ds[key][frames]), 1) for key in ("rgb_static", "rgb_gripper")]))    # [2 S, columns * S, 3]
+        strips = [np.concatenate(list(ds[key][frames]), 1) for key in ("rgb_static", "rgb_gripper")]
+        axis.imshow(np.concatenate(strips))                              # [2 S, columns * S, 3]
         axis.set_title(f"{title}, frames {a} to {b}", fontsize=9)
         axis.axis("off")
-    write_atomic(out, lambda path: figure.savefig(path, dpi=100, format="png"), "give another place for the picture: --out sheet.png")
+    advice = "give another place for the picture: --out sheet.png"
+    write_atomic(out, lambda path: figure.savefig(path, dpi=100, format="png"), advice)
 
 
 def read_arguments(argv):
-    """The parsed command line; whatever is wrong with it is one sentence, and an unknown flag is answered with the nearest known one."""
+    """The parsed command line.
+
+    Whatever is wrong with it is one sentence, and an unknown flag is answered with the nearest known one."""
     def refuse(message):
         raise InputError(f"{message} (see 'python data.py --help')")
 
-    parser = argparse.ArgumentParser(prog="data.py", description="Import CALVIN and inspect datasets.", allow_abbrev=False)
+    about = "Import CALVIN and inspect datasets."
+    parser = argparse.ArgumentParser(prog="data.py", description=about, allow_abbrev=False)
     parser.error = refuse
-    parser.add_argument("command", choices=["import", "inspect"], help="convert a CALVIN split into a dataset, or print and draw what a dataset holds")
-    parser.add_argument("folder", help="import: the folder with ep_start_end_ids.npy, such as task_D_D/training; inspect: a dataset")
-    parser.add_argument("--out", help="import: folder of the new dataset; inspect: file of the picture (default: in the dataset)")
-    parser.add_argument("--image-size", type=int, default=64, help="import: pixels along a side (default 64, the paper's)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="import: processes (default: one a core, at most 8)")
+    add = parser.add_argument
+    add("command", choices=["import", "inspect"],
+        help="convert a CALVIN split into a dataset, or print and draw what a dataset holds")
+    add("folder",
+        help="import: the folder with ep_start_end_ids.npy, such as task_D_D/training; inspect: a dataset")
+    add("--out",
+        help="import: folder of the new dataset; inspect: file of the picture (default: in the dataset)")
+    add("--image-size", type=int, default=64,
+        help="import: pixels along a side (default 64, the paper's)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="import: processes (default: one a core, at most 8)")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], ["--out", "--image-size", "--workers", "--help"], 1, 0)
+        flags = ["--out", "--image-size", "--workers", "--help"]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)
         refuse(f"{unknown[0]} is not understood, did you mean {near[0]}?")
     if arguments.command == "import" and not arguments.out:
         refuse("import needs the folder of the new dataset, such as --out data/calvin_d")
