@@ -147,7 +147,8 @@ def read_index(source):
     ids = ids[np.argsort(ids[:, 0])].astype(np.int64)
     turned = ids[ids[:, 1] < ids[:, 0]]
     if len(turned):
-        raise InputError(f"{path} has an episode reversed, {turned[0].tolist()} ends before it starts: {retry}")
+        raise InputError(f"{path} has an episode reversed, {turned[0].tolist()} ends before it starts: "
+                         f"{retry}")
     overlapping = ids[1:, 0][ids[1:, 0] <= ids[:-1, 1]]
     if len(overlapping):
         raise InputError(f"{path} has episodes that overlap, at frame {overlapping[0]}: {retry}")

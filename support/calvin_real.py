@@ -1,9 +1,10 @@
-"""The real CALVIN simulator (github.com/mees/calvin_env, scene D) behind the interface of the built-in tabletop.
+"""The real CALVIN simulator (github.com/mees/calvin_env, scene D) behind the tabletop's interface.
 
-    git clone https://github.com/mees/calvin_env && pip install hydra-core hydra-colorlog scipy numpy-quaternion
-    python calvin_sim.py check --sim calvin --calvin-root calvin_env            the same expert, the same tasks
+    git clone https://github.com/mees/calvin_env
+    pip install hydra-core hydra-colorlog scipy numpy-quaternion
+    python calvin_sim.py check --sim calvin --calvin-root calvin_env       the same expert, the same tasks
 
-The clone is used as it is, without a patch and without a GPU.  Each guard below stands at the trap that it is for.
+The clone is used as it is, without a patch and without a GPU.  Each guard stands at the trap that it is for.
 """
 import contextlib
 import importlib
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from calvin_sim import BULB, LED, advance_target, checked_action, checked_start, colours, muted, pb, take_picture
+from calvin_sim import (BULB, LED, advance_target, checked_action, checked_start, colours, muted, pb,
+                        take_picture)
 from data import area_resize
 from support.files import InputError
 
@@ -25,6 +27,7 @@ OVERRIDES = ["scene=calvin_scene_D", "robot=panda_longer_finger", "use_vr=false"
              "env.use_egl=false", "env.show_gui=false", "env.use_scene_info=true"]
 HAND = 8                 # the robot's link; its links from 0 to here are most of what there is to draw
 BEYOND = 1.02            # out of view: two of 200 pixels beyond the picture's edge
+NEEDED = ("calvin_env/envs/play_table_env.py", "conf/config_data_collection.yaml", "data/calvin_table_D")
 RENDERER = "calvin_env, PyBullet TinyRenderer (CPU), 200 and 84 px"
 
 
@@ -39,15 +42,18 @@ def quiet():
 
 
 def import_calvin_env(root):
-    """Import calvin_env from its clone `root` -> the package hydra, which builds it; InputError where that cannot work."""
+    """Import calvin_env from its clone `root` -> the package hydra, which builds it; or an InputError."""
     root = Path(root or "calvin_env").absolute()
-    for needed in ("calvin_env/envs/play_table_env.py", "conf/config_data_collection.yaml", "data/calvin_table_D"):
+    for needed in NEEDED:
         if not (root / needed).exists():
-            raise InputError(f"{root} is no clone of calvin_env ({needed} is missing there): '{CLONE}', then give its folder with --calvin-root")
-    # gym, git and cv2 serve a base class, a line in the log and a window that nobody opens; an empty module does as well, and spares
-    # gym's long warning, GitPython's need of a git executable and OpenCV's of libGL
+            raise InputError(f"{root} is no clone of calvin_env ({needed} is missing there): '{CLONE}', then "
+                             f"give its folder with --calvin-root")
+    # gym, git and cv2 serve a base class, a line in the log and a window that nobody opens; an empty module
+    # does as well, and spares gym's long warning, GitPython's need of a git executable and OpenCV's of libGL
     empty = {name: types.ModuleType(name) for name in ("gym", "gym.utils", "gym.utils.seeding", "git", "cv2")}
-    empty["gym"].Env, empty["gym"].utils, empty["gym.utils"].seeding = object, empty["gym.utils"], empty["gym.utils.seeding"]
+    empty["gym"].Env = object
+    empty["gym"].utils = empty["gym.utils"]
+    empty["gym.utils"].seeding = empty["gym.utils.seeding"]
     empty["gym.utils.seeding"].np_random = lambda seed: (np.random.default_rng(seed), seed)
     replaced = {name: sys.modules.get(name) for name in empty}
     sys.modules.update(empty)
@@ -55,7 +61,8 @@ def import_calvin_env(root):
     try:
         with quiet():
             hydra = importlib.import_module("hydra")
-            for name in ("hydra_plugins.hydra_colorlog", "calvin_env.robot.robot", "calvin_env.scene.play_table_scene"):
+            for name in ("hydra_plugins.hydra_colorlog", "calvin_env.robot.robot",
+                         "calvin_env.scene.play_table_scene"):
                 importlib.import_module(name)
             module = importlib.import_module("calvin_env.envs.play_table_env")
     except ImportError as error:
@@ -65,7 +72,8 @@ def import_calvin_env(root):
         for name, package in replaced.items():
             sys.modules.pop(name) if package is None else sys.modules.update({name: package})
     module.get_git_commit_hash = lambda path: "unknown"      # it fails where the folder has no .git
-    module.PlayTableSimEnv.__del__ = lambda env: None        # it closes by number, and so the next simulator, which has the same one
+    # it closes by number, and so would close the next simulator, which has the same one
+    module.PlayTableSimEnv.__del__ = lambda env: None
     return hydra
 
 
@@ -73,7 +81,7 @@ def outline(shape, directions=300):
     """A shape of getVisualShapeData -> its mesh's outermost points [directions, 3]: it lies within them, but
     for hairs."""
     with open(shape[4]) as file:
-        points = np.array([line.split()[1:4] for line in file if line.startswith("v ")], float)        # [V, 3]
+        points = np.array([line.split()[1:4] for line in file if line.startswith("v ")], float)   # [V, 3]
     around = np.random.default_rng(0).normal(size=(3, directions))
     return points[(points @ around).argmax(0)] + shape[5]
 
@@ -87,28 +95,34 @@ def merged(above, below):
 
 
 class RealCalvin:
-    """calvin_env with the interface of Tabletop.  Frames are rendered at CALVIN's own sizes (200 and 84 px) and averaged down.
+    """calvin_env with the interface of Tabletop.  Frames have CALVIN's own sizes (200 and 84 px), then
+    averaged down.
 
     The pictures are calvin_env's own, at half the price: what stands still is not drawn again, and what is
     out of view not at all.
     One a process: some of calvin_env's calls go to the first physics client, whoever owns it."""
 
     def __init__(self, image_size=64, render=True, root=None):
-        self.image_size, self.env = image_size, None
+        self.image_size = image_size
+        self.env = None
         hydra = import_calvin_env(root)
         if pb.isConnected(0):
-            raise InputError("another simulator is open in this process, and calvin_env would draw into it: close() it, or use one process for each")
+            raise InputError("another simulator is open in this process, and calvin_env would draw into it: "
+                             "close() it, or use one process for each")
         logging.getLogger("calvin_env").setLevel(logging.WARNING)
         overrides = OVERRIDES + ["cameras=static_and_gripper" if render else "cameras=no_cameras"]
+        folder = Path(root or "calvin_env").absolute() / "conf"
         with quiet():
-            with hydra.initialize_config_dir(str(Path(root or "calvin_env").absolute() / "conf"), version_base="1.1"):
+            with hydra.initialize_config_dir(str(folder), version_base="1.1"):
                 config = hydra.compose("config_data_collection", overrides=overrides)
             self.env = hydra.utils.instantiate(config.env, seed=0)
-        self.button, self.switch = self.env.scene.buttons[0], self.env.scene.switches[0]
+        self.button = self.env.scene.buttons[0]
+        self.switch = self.env.scene.switches[0]
         self.cameras = {camera.name: camera for camera in self.env.cameras}
         self.env.cameras = []                            # its step() would draw everything
-        self.lenses = {name: pb.computeProjectionMatrixFOV(camera.fov, camera.aspect, camera.nearval, camera.farval)
-                       for name, camera in self.cameras.items()}
+        self.lenses = {}
+        for name, eye in self.cameras.items():
+            self.lenses[name] = pb.computeProjectionMatrixFOV(eye.fov, eye.aspect, eye.nearval, eye.farval)
         if render:
             self._sort_shapes()
         self.pristine = self.env.p.saveState()
@@ -200,11 +214,13 @@ class RealCalvin:
         robot, scene = checked_start(robot_obs, scene_obs, seed)
         scene[[BULB, LED]] = scene[[BULB, LED]] > 0.5    # it takes exactly 0 and 1
         self.env.robot.gripper_action = 1 if robot[14] >= 0 else -1      # its reset forgets the last command
-        self.env.p.restoreState(self.pristine)           # and keeps old contacts: an episode would depend on those before it,
-        self.env.p.stepSimulation()                      # which takes a step in between to forget
+        # It also keeps old contacts, so an episode would depend on those before it; a step in between forgets
+        # them
+        self.env.p.restoreState(self.pristine)
+        self.env.p.stepSimulation()
         self.env.p.restoreState(self.pristine)
         raw = self.env.reset(robot, scene)
-        # it also forgets that the button is down and the switch up: the first step would then take them for a new press
+        # It forgets that the button is down and the switch up: the first step would take them for a new press
         self.button.prev_is_pressed = self.button._is_pressed
         self.switch.state = type(self.switch.state)(int(self.switch.is_pressed))
         obs = self._observe(raw)
@@ -212,17 +228,21 @@ class RealCalvin:
         return obs
 
     def step(self, action, look=True):
-        """One control step of 1/30 s: action [7] in [-1, 1] -> obs, without pictures (most of a step's time) if nobody looks."""
+        """One control step of 1/30 s: action [7] in [-1, 1] -> obs, without pictures if nobody looks.
+
+        They are most of a step's time."""
         action = checked_action(action)
-        # its own target runs away from a blocked arm without end; ours, which is the tabletop's and the dream's, does not
+        # Its own target runs away from a blocked arm without end; ours, the tabletop's and the dream's, does
+        # not
         self.target = advance_target(self.target, action, self.tcp)
-        self.env.robot.target_pos, self.env.robot.target_orn = self.target[:3].copy(), self.target[3:].copy()
+        self.env.robot.target_pos = self.target[:3].copy()
+        self.env.robot.target_orn = self.target[3:].copy()
         still = np.array([0, 0, 0, 0, 0, 0, 1.0 if action[6] >= 0 else -1.0])    # it takes exactly -1 and +1
         return self._observe(self.env.step(still)[0], look)
 
     def _observe(self, raw, look=True):
-        obs = {"robot_obs": raw["robot_obs"].astype(np.float32), "scene_obs": raw["scene_obs"].astype(np.float32)}
-        self.tcp = obs["robot_obs"][:6].astype(float)    # as recorded, so that a dream can repeat the bookkeeping exactly
+        obs = {key: raw[key].astype(np.float32) for key in ("robot_obs", "scene_obs")}
+        self.tcp = obs["robot_obs"][:6].astype(float)    # as recorded, for a dream to repeat
         if self.cameras and look:
             for name, picture in self._pictures().items():
                 obs[name] = area_resize(picture, self.image_size)
