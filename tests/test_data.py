@@ -20,21 +20,26 @@ import data  # noqa: E402
 from data import InputError  # noqa: E402
 from support import calvin_import, data_command  # noqa: E402
 
-SHAPES = {"rgb_static": (50, 50, 3), "rgb_gripper": (21, 21, 3), "robot_obs": (15,), "scene_obs": (24,), "rel_actions": (7,)}
-EPISODES = [(100, 102), (103, 132), (140, 151)]          # does not start at 0, a first episode of 3 frames, a gap
+EPISODES = [(100, 102), (103, 132), (140, 151)]      # does not start at 0, a first episode of 3 frames, a gap
 FRAMES = 3 + 30 + 12
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Small synthetic CALVIN folders
 
 def calvin_frame(number, vectors=np.float64, static=50, gripper=21, **extra):
     """One frame in CALVIN's layout whose content tells its number."""
     rng = np.random.default_rng(number)
     action = np.append(rng.uniform(-1, 1, 6), 1 - 2 * (number % 2)).astype(vectors)
-    return dict(actions=action, rel_actions=action, robot_obs=np.full(15, number, vectors), scene_obs=rng.normal(size=24).astype(vectors),
-                rgb_static=rng.integers(0, 256, (static, static, 3), dtype=np.uint8),
-                rgb_gripper=rng.integers(0, 256, (gripper, gripper, 3), dtype=np.uint8), **extra)
+    return dict(
+        actions=action,
+        rel_actions=action,
+        robot_obs=np.full(15, number, vectors),
+        scene_obs=rng.normal(size=24).astype(vectors),
+        rgb_static=rng.integers(0, 256, (static, static, 3), dtype=np.uint8),
+        rgb_gripper=rng.integers(0, 256, (gripper, gripper, 3), dtype=np.uint8),
+        **extra,
+    )
 
 
 def save_pickled(path, content, protocol=4):
@@ -45,7 +50,11 @@ def save_pickled(path, content, protocol=4):
 
 
 def language(tasks, pairs):
-    return {"language": {"ann": list(tasks), "task": list(tasks), "emb": np.zeros((len(tasks), 1, 384), np.float32)}, "info": {"episodes": [], "indx": pairs}}
+    embedding = np.zeros((len(tasks), 1, 384), np.float32)
+    return {
+        "language": {"ann": list(tasks), "task": list(tasks), "emb": embedding},
+        "info": {"episodes": [], "indx": pairs},
+    }
 
 
 def make_calvin(folder, episodes=EPISODES, lang=True, **options):
@@ -56,7 +65,8 @@ def make_calvin(folder, episodes=EPISODES, lang=True, **options):
             np.savez(folder / f"episode_{number:07d}.npz", **calvin_frame(number, **options))
     np.save(folder / "ep_start_end_ids.npy", np.array(episodes))
     if lang:
-        save_pickled(folder / "lang_annotations" / "auto_lang_ann.npy", language(["open_drawer", "close_drawer"], [(105, 120), (140, 151)]))
+        content = language(["open_drawer", "close_drawer"], [(105, 120), (140, 151)])
+        save_pickled(folder / "lang_annotations" / "auto_lang_ann.npy", content)
     return folder
 
 
@@ -67,12 +77,15 @@ def calvin(tmp_path):
 
 def run(source, out, *flags):
     """The import in this process, where it is fast -> its exit code."""
-    return data_command.main(["import", str(source), "--out", str(out), "--image-size", "16", "--workers", "1", *flags])
+    small = ["--image-size", "16", "--workers", "1"]
+    return data_command.main(["import", str(source), "--out", str(out), *small, *flags])
 
 
 def reference(numbers, key, size=16):
     values = [calvin_frame(n)[key] for n in numbers]
-    return np.stack([data.area_resize(v, size) for v in values]) if key.startswith("rgb") else np.stack(values).astype(np.float32)
+    if key.startswith("rgb"):
+        return np.stack([data.area_resize(v, size) for v in values])
+    return np.stack(values).astype(np.float32)
 
 
 def assert_imported(out, numbers=tuple(n for a, b in EPISODES for n in range(a, b + 1))):
@@ -82,20 +95,27 @@ def assert_imported(out, numbers=tuple(n for a, b in EPISODES for n in range(a, 
     return ds
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The dataset and its samplers
 
 def episode(length, seed=0, size=8):
     rng = np.random.default_rng(seed)
-    return {key: (rng.integers(0, 256, (length, size, size, 3)) if dtype is np.uint8 else rng.normal(size=(length, *shape))).astype(dtype)
-            for key, (shape, dtype) in data.FIELDS.items()}
+    content = {}
+    for key, (shape, dtype) in data.FIELDS.items():
+        if dtype is np.uint8:
+            values = rng.integers(0, 256, (length, size, size, 3))
+        else:
+            values = rng.normal(size=(length, *shape))
+        content[key] = values.astype(dtype)
+    return content
 
 
 def packed(tmp_path, lengths=(4, 9, 6), segments=None):
     episodes = [episode(n, seed) for seed, n in enumerate(lengths)]
-    for i, e in enumerate(episodes):
-        data.save_part(tmp_path / "parts" / f"{i}.npz", e)
-    data.pack([tmp_path / "parts" / f"{i}.npz" for i in range(len(lengths))], tmp_path / "ds", {"source": "test", "renderer": "none", "seed": 0}, segments)
+    parts = [tmp_path / "parts" / f"{i}.npz" for i in range(len(lengths))]
+    for path, e in zip(parts, episodes):
+        data.save_part(path, e)
+    data.pack(parts, tmp_path / "ds", {"source": "test", "renderer": "none", "seed": 0}, segments)
     return tmp_path / "ds", episodes
 
 
@@ -137,7 +157,7 @@ def test_action_chunks_at_an_episodes_end_stand_still_and_keep_the_gripper():
     chunks = data.action_chunks(actions, np.array([[0, 2], [4, 5]]), 4)
     assert chunks.shape == (6, 4, 7)
     np.testing.assert_array_equal(chunks[0, :3], actions[:3])
-    np.testing.assert_array_equal(chunks[1, 2:], [[0, 0, 0, 0, 0, 0, -1]] * 2)      # nothing of the next episode
+    np.testing.assert_array_equal(chunks[1, 2:], [[0, 0, 0, 0, 0, 0, -1]] * 2)   # nothing of the next episode
     np.testing.assert_array_equal(chunks[2], np.vstack([actions[2], [[0, 0, 0, 0, 0, 0, -1]] * 3]))
     assert not chunks[3].any()                                       # a frame of no episode
     np.testing.assert_array_equal(chunks[5, 1:], [[0, 0, 0, 0, 0, 0, 1]] * 3)
@@ -160,14 +180,29 @@ def replace_array(path, key, change):
     np.save(path / f"{key}.npy", change(np.load(path / f"{key}.npy")))
 
 
+def array_with_nan(path):
+    array = np.load(path / "robot_obs.npy")
+    array[7] = np.nan
+    np.save(path / "robot_obs.npy", array)
+
+
+def array_with_infinity(path):
+    replace_array(path, "rel_actions", lambda x: x / np.float32(0))
+
+
+def truncated_array(path):
+    array = path / "rgb_static.npy"
+    array.write_bytes(array.read_bytes()[:400])
+
+
 DAMAGE = {
-    "NaN": (lambda p: replace_array(p, "robot_obs", lambda x: np.where(np.arange(19)[:, None] == 7, np.nan, x).astype(np.float32)), "robot_obs.*NaN.*frame 7"),
-    "infinity": (lambda p: replace_array(p, "rel_actions", lambda x: x / np.float32(0)), "rel_actions.*NaN or infinity"),
+    "NaN": (array_with_nan, "robot_obs.*NaN.*frame 7"),
+    "infinity": (array_with_infinity, "rel_actions.*NaN or infinity"),
     "wrong shape": (lambda p: replace_array(p, "scene_obs", lambda x: x[:, :23]), "scene_obs.*23.*expected"),
     "wrong length": (lambda p: replace_array(p, "rgb_static", lambda x: x[1:]), "rgb_static.*18"),
-    "wrong dtype": (lambda p: replace_array(p, "rgb_gripper", lambda x: x.astype(np.float32)), "rgb_gripper.*float32.*uint8"),
+    "wrong dtype": (lambda p: replace_array(p, "rgb_gripper", np.float32), "rgb_gripper.*float32.*uint8"),
     "missing array": (lambda p: (p / "robot_obs.npy").unlink(), "damaged"),
-    "truncated array": (lambda p: (p / "rgb_static.npy").write_bytes((p / "rgb_static.npy").read_bytes()[:400]), "damaged"),
+    "truncated array": (truncated_array, "damaged"),
     "broken meta": (lambda p: (p / "meta.json").write_text("{"), "damaged"),
     "no meta": (lambda p: (p / "meta.json").unlink(), "no dataset"),
     "episodes out of range": (lambda p: np.save(p / "ep_start_end_ids.npy", [[0, 19]]), "outside 0..18"),
@@ -184,16 +219,17 @@ def test_dataset_refuses_damage(case, tmp_path):
         data.Dataset(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Area averaging
 
 @pytest.mark.parametrize("n, size", [(200, 64), (84, 64), (50, 16), (20, 32), (17, 13)])
 def test_area_resize_is_the_exact_average(n, size):
-    """Cut each pixel into size x size equal ones; then every output pixel is a plain mean, which torch computes."""
+    """Cut each pixel into size x size equal ones; then every output pixel is a plain mean, which torch
+    computes."""
     torch = pytest.importorskip("torch")
     image = np.random.default_rng(0).integers(0, 256, (n, n, 3), dtype=np.uint8)
     rows = torch.from_numpy(image).double().permute(2, 0, 1)
-    for _ in range(2):                                               # one axis at a time, or the fine image would be large
+    for _ in range(2):                                  # one axis at a time, or the fine image would be large
         fine = rows.repeat_interleave(size, 2)                       # [3, ., n * size]
         rows = torch.nn.functional.adaptive_avg_pool1d(fine, size).transpose(1, 2)
     exact = rows.permute(1, 2, 0).numpy()
@@ -202,14 +238,16 @@ def test_area_resize_is_the_exact_average(n, size):
 
 @pytest.mark.parametrize("n, size", [(200, 50), (84, 42), (64, 16), (30, 30)])
 def test_area_resize_equals_torch_where_the_ratio_is_whole(n, size):
-    """Elsewhere torch's mode="area" is another thing: it averages all pixels that an output pixel touches, with equal weights."""
+    """Elsewhere torch's mode="area" is another thing: it averages all pixels that an output pixel touches,
+    with equal weights."""
     torch = pytest.importorskip("torch")
     image = np.random.default_rng(1).integers(0, 256, (n, n, 3), dtype=np.uint8)
-    there = torch.nn.functional.interpolate(torch.from_numpy(image).double().permute(2, 0, 1)[None], size=(size, size), mode="area")[0]
-    assert np.abs(data.area_resize(image, size) - there.permute(1, 2, 0).numpy()).max() <= 0.5 + 1e-9
+    batch = torch.from_numpy(image).double().permute(2, 0, 1)[None]
+    there = torch.nn.functional.interpolate(batch, size=(size, size), mode="area")[0].permute(1, 2, 0).numpy()
+    assert np.abs(data.area_resize(image, size) - there).max() <= 0.5 + 1e-9
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The import
 
 def test_import(calvin, tmp_path, capsys):
@@ -217,19 +255,25 @@ def test_import(calvin, tmp_path, capsys):
     ds = assert_imported(tmp_path / "out")
     assert ds.episodes.tolist() == [[0, 2], [3, 32], [33, 44]]
     assert ds.segments == [("open_drawer", 5, 20), ("close_drawer", 33, 44)]
-    assert ds.meta["source"] == "calvin" and ds.meta["renderer"] == "calvin dataset" and ds.meta["split"] == "task_D_D/training"
+    assert ds.meta["source"] == "calvin"
+    assert ds.meta["renderer"] == "calvin dataset"
+    assert ds.meta["split"] == "task_D_D/training"
     assert ds.meta["frames"] == FRAMES and ds.meta["image_size"] == 16 and ds.meta["numpy"] == np.__version__
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([f"{key}.npy" for key in data.FIELDS] + ["ep_start_end_ids.npy", "meta.json"])
+    arrays = {f"{key}.npy" for key in data.FIELDS}
+    assert set(os.listdir(tmp_path / "out")) == arrays | {"ep_start_end_ids.npy", "meta.json"}
     assert not (tmp_path / "out.tmp").exists()
     said = capsys.readouterr().out
-    assert said.index("GB at 16 px") < said.index("frames/s") < said.index("45 frames, 3 episodes, 2 segments")
+    assert said.index("GB at 16 px") < said.index("frames/s")
+    assert said.index("frames/s") < said.index("45 frames, 3 episodes, 2 segments")
     assert "minutes left" in said
 
 
 def test_import_of_real_sizes_compressed_with_depth_and_float32(tmp_path):
     source = tmp_path / "training"
     source.mkdir()
-    frame = calvin_frame(0, np.float32, 200, 84, depth_static=np.zeros((200, 200), np.float32), rgb_tactile=np.zeros((160, 120, 6), np.uint8))
+    depth = np.zeros((200, 200), np.float32)
+    touch = np.zeros((160, 120, 6), np.uint8)
+    frame = calvin_frame(0, np.float32, 200, 84, depth_static=depth, rgb_tactile=touch)
     np.savez_compressed(source / "episode_0000000.npz", **frame)
     np.save(source / "ep_start_end_ids.npy", [[0, 0]])
     assert run(source, tmp_path / "out", "--image-size", "64") == 0
@@ -241,7 +285,8 @@ def test_import_of_real_sizes_compressed_with_depth_and_float32(tmp_path):
 
 
 def test_import_through_processes_from_the_command_line(calvin, tmp_path):
-    command = [sys.executable, str(ROOT / "data.py"), "import", str(calvin), "--out", str(tmp_path / "out"), "--image-size", "16", "--workers", "2"]
+    command = [sys.executable, str(ROOT / "data.py"), "import", str(calvin), "--out", str(tmp_path / "out")]
+    command += ["--image-size", "16", "--workers", "2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
     assert_imported(tmp_path / "out")
@@ -255,7 +300,8 @@ def test_an_error_in_a_worker_process_is_one_sentence(calvin, tmp_path, capsys, 
 
 
 def test_import_leaves_out_annotations_without_frames(calvin, tmp_path, capsys):
-    pairs = [(105, 120), (130, 141), (135, 138), (1, 9), (400, 464), (145, 152), (110, 108), np.array([100, 102])]
+    pairs = [(105, 120), (130, 141), (135, 138), (1, 9), (400, 464), (145, 152), (110, 108)]
+    pairs.append(np.array([100, 102]))
     save_pickled(calvin / "lang_annotations" / "auto_lang_ann.npy", language(["t"] * 8, pairs))
     assert run(calvin, tmp_path / "out") == 0
     assert data.Dataset(tmp_path / "out").segments == [("t", 5, 20), ("t", 0, 2)]
@@ -295,14 +341,15 @@ def test_annotations_of_old_and_new_numpy(calvin, core, protocol):
     content = language(["a"], np.array([(100, 101)]))
     content["info"]["episodes"] = [np.int64(3), np.str_("x")]         # scalars need one more function
     save_pickled(path, content, protocol)
-    if protocol == 3:                                                # names are plain lines there, and can be exchanged
+    if protocol == 3:                                      # names are plain lines there, and can be exchanged
         raw = path.read_bytes()
-        path.write_bytes(raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray").replace(b"numpy.core.multiarray", core))
+        raw = raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+        path.write_bytes(raw.replace(b"numpy.core.multiarray", core))
         assert core + b"\n" in path.read_bytes()
     assert calvin_import.read_language(calvin, np.array(EPISODES)) == ([["a", 0, 1]], 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Cut off and resumed
 
 KILLED = """
@@ -328,8 +375,14 @@ def kill_halfway(calvin, out):
 
 def count_conversions(monkeypatch):
     """Make calvin_import.import_chunk count the frames it converts -> the list of their numbers."""
-    seen, convert = [], calvin_import.import_chunk
-    monkeypatch.setattr(calvin_import, "import_chunk", lambda *job: (seen.extend(job[2].tolist()), convert(*job))[1])
+    seen = []
+    convert = calvin_import.import_chunk
+
+    def counted(*job):
+        seen.extend(job[2].tolist())
+        return convert(*job)
+
+    monkeypatch.setattr(calvin_import, "import_chunk", counted)
     return seen
 
 
@@ -347,7 +400,8 @@ def test_resume_after_kill_9(calvin, tmp_path, monkeypatch, capsys):
 def test_what_was_left_of_another_import_is_discarded(change, calvin, tmp_path, monkeypatch):
     kill_halfway(calvin, tmp_path / "out")
     monkeypatch.setattr(calvin_import, "CHUNK", 8)
-    seen, left = count_conversions(monkeypatch), tmp_path / "out.tmp"
+    seen = count_conversions(monkeypatch)
+    left = tmp_path / "out.tmp"
     if change == "index":
         np.save(calvin / "ep_start_end_ids.npy", np.array(EPISODES[:2]))
     elif change == "progress":
@@ -386,7 +440,7 @@ def test_interrupt_and_existing_out(calvin, tmp_path, monkeypatch, capsys):
     assert_imported(tmp_path / "out")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Broken input: every case is one sentence that says where, exit code 2, and leaves nothing
 
 def change_frame(**changes):
@@ -421,11 +475,49 @@ def nest(c):
 
 
 def full_disk_at_once(c):
-    c.patch.setattr(data.shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10**9, 10**9, 1000))
+    usage = namedtuple("usage", "total used free")
+    c.patch.setattr(data.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+
+
+def frame_as_folder(c):
+    (c.source / "episode_0000104.npz").unlink()
+    (c.source / "episode_0000104.npz").mkdir()
+
+
+def missing_frames(c):
+    for number in (110, 111):
+        (c.source / f"episode_{number:07d}.npz").unlink()
+
+
+def annotation_of_text(c):
+    (c.source / "lang_annotations" / "auto_lang_ann.npy").write_text("hello")
+
+
+def annotation_of_numbers(c):
+    np.save(c.source / "lang_annotations" / "auto_lang_ann.npy", np.zeros(3))
+
+
+def moved_away(c):
+    c.source.rename(c.source.with_name("moved"))
+
+
+def missing_index(c):
+    (c.source / "ep_start_end_ids.npy").unlink()
+
+
+def no_frames(c):
+    for path in c.source.glob("*.npz"):
+        path.unlink()
+
+
+def something_at_out(c):
+    c.out.mkdir(parents=True)
+    (c.out / "mine").write_text("")
 
 
 def full_disk_while_writing(c):
-    """A file that cannot be written stands in for the full disk: /dev/full says 'No space left on device' to every write."""
+    """A file that cannot be written stands in for the full disk: /dev/full says 'No space left on device' to
+    every write."""
     begin = calvin_import.begin
 
     def begin_on_full_disk(temporary, *rest):
@@ -445,44 +537,77 @@ def no_permission(c):
 
 NAN = np.append(np.zeros(14), np.nan)
 BROKEN = {  # name: (what is done to the good folder, words that the sentence must hold)
-    "missing folder": (lambda c: c.source.rename(c.source.with_name("moved")), "no folder .*training.*: give the"),
-    "missing index": (lambda c: (c.source / "ep_start_end_ids.npy").unlink(), "ep_start_end_ids.npy is missing: download"),
+    "missing folder": (moved_away, "no folder .*training.*: give the"),
+    "missing index": (missing_index, "ep_start_end_ids.npy is missing: download"),
     "folder above the splits": (nest, "one split at a time, here .*training.training"),
     "index truncated": (cut("ep_start_end_ids.npy", 140), "ep_start_end_ids.npy cannot be used"),
     "index empty": (cut("ep_start_end_ids.npy", 0), "ep_start_end_ids.npy cannot be used"),
     "index of wrong shape": (set_index(np.arange(6)), r"ep_start_end_ids.npy cannot be used.*\(6,\)"),
     "index without episodes": (set_index(np.zeros((0, 2), int)), "ep_start_end_ids.npy cannot be used"),
-    "index of wrong dtype": (set_index(np.array(EPISODES, float)), "ep_start_end_ids.npy cannot be used.*float64"),
+    "index of wrong dtype": (
+        set_index(np.array(EPISODES, float)),
+        "ep_start_end_ids.npy cannot be used.*float64",
+    ),
     "ids reversed": (set_index([(100, 102), (132, 103)]), r"reversed, \[132, 103\]"),
     "ids overlapping": (set_index([(100, 110), (110, 120)]), "overlap, at frame 110"),
     "ids negative": (set_index([(-5, 102)]), "out of range, -5 to 102, .*100 to 151"),
     "ids out of range": (set_index([(100, 10**15)]), "out of range, 100 to 1000000000000000, .*100 to 151"),
-    "no frame files": (lambda c: [p.unlink() for p in c.source.glob("*.npz")], "frame files .*absent"),
-    "missing frame file": (lambda c: [(c.source / f"episode_{n:07d}.npz").unlink() for n in (110, 111)], "0000110.npz is missing .2 of 45 frame files"),
+    "no frame files": (no_frames, "frame files .*absent"),
+    "missing frame file": (missing_frames, "0000110.npz is missing .2 of 45 frame files"),
     "gap in an episode": (set_index([(100, 151)]), "0000133.npz is missing .7 of 52 frame files"),
     "frame truncated": (cut("episode_0000104.npz", 3000), "0000104.npz cannot be read"),
     "frame empty": (cut("episode_0000104.npz", 0), "0000104.npz cannot be read"),
     "frame with a flipped byte": (flip_a_byte, "0000104.npz cannot be read.*CRC"),
-    "frame that is a folder": (lambda c: ((c.source / "episode_0000104.npz").unlink(), (c.source / "episode_0000104.npz").mkdir()), "0000104.npz cannot be read"),
+    "frame that is a folder": (frame_as_folder, "0000104.npz cannot be read"),
     "missing key": (change_frame(scene_obs=None), "0000104.npz lacks the key scene_obs"),
-    "vector of wrong shape": (change_frame(robot_obs=np.zeros(14)), r"0000104.npz holds robot_obs as float64 \(14,\) where float32 or float64 \(15,\)"),
-    "vector of wrong dtype": (change_frame(rel_actions=np.zeros(7, int)), "0000104.npz holds rel_actions as int64"),
+    "vector of wrong shape": (
+        change_frame(robot_obs=np.zeros(14)),
+        r"0000104.npz holds robot_obs as float64 \(14,\) where float32 or float64 \(15,\)",
+    ),
+    "vector of wrong dtype": (
+        change_frame(rel_actions=np.zeros(7, int)),
+        "0000104.npz holds rel_actions as int64",
+    ),
     "vector of objects": (change_frame(rel_actions=np.array([None] * 7)), "0000104.npz cannot be read"),
-    "image of wrong shape": (change_frame(rgb_static=np.zeros((50, 40, 3), np.uint8)), r"0000104.npz holds rgb_static as uint8 \(50, 40, 3\)"),
-    "image without pixels": (change_frame(rgb_static=np.zeros((0, 0, 3), np.uint8)), "0000104.npz holds rgb_static"),
+    "image of wrong shape": (
+        change_frame(rgb_static=np.zeros((50, 40, 3), np.uint8)),
+        r"0000104.npz holds rgb_static as uint8 \(50, 40, 3\)",
+    ),
+    "image without pixels": (
+        change_frame(rgb_static=np.zeros((0, 0, 3), np.uint8)),
+        "0000104.npz holds rgb_static",
+    ),
     "image of one number": (change_frame(rgb_static=np.uint8(3)), "0000104.npz holds rgb_static"),
-    "image of wrong dtype": (change_frame(rgb_gripper=np.zeros((21, 21, 3), np.float32)), "0000104.npz holds rgb_gripper as float32"),
+    "image of wrong dtype": (
+        change_frame(rgb_gripper=np.zeros((21, 21, 3), np.float32)),
+        "0000104.npz holds rgb_gripper as float32",
+    ),
     "NaN frame": (change_frame(robot_obs=NAN), "0000104.npz has a NaN or infinity in robot_obs"),
-    "number too big for float32": (change_frame(robot_obs=np.full(15, 1e300)), "0000104.npz has a NaN or infinity in robot_obs"),
+    "number too big for float32": (
+        change_frame(robot_obs=np.full(15, 1e300)),
+        "0000104.npz has a NaN or infinity in robot_obs",
+    ),
     "annotation truncated": (cut("lang_annotations/auto_lang_ann.npy", 300), "auto_lang_ann.npy is refused"),
-    "annotation not .npy": (lambda c: (c.source / "lang_annotations/auto_lang_ann.npy").write_text("hello"), "auto_lang_ann.npy is refused"),
-    "annotation of numbers": (lambda c: np.save(c.source / "lang_annotations/auto_lang_ann.npy", np.zeros(3)), "auto_lang_ann.npy is refused.*float64"),
-    "annotation without language": (set_language({"info": {"indx": []}}), "auto_lang_ann.npy is refused.*language"),
+    "annotation not .npy": (annotation_of_text, "auto_lang_ann.npy is refused"),
+    "annotation of numbers": (annotation_of_numbers, "auto_lang_ann.npy is refused.*float64"),
+    "annotation without language": (
+        set_language({"info": {"indx": []}}),
+        "auto_lang_ann.npy is refused.*language",
+    ),
     "annotation that is a list": (set_language(["a", "b"]), "auto_lang_ann.npy is refused"),
-    "annotation of unequal lengths": (set_language(language(["a"], [(100, 102), (103, 104)])), "auto_lang_ann.npy is refused.*1 long, is not one name"),
-    "annotation of ragged pairs": (set_language(language(["a", "b"], [(100, 102), (103,)])), "auto_lang_ann.npy is refused"),
-    "annotation with tasks of numbers": (set_language(language([1], [(100, 102)])), "auto_lang_ann.npy is refused"),
-    "out exists": (lambda c: (c.out.mkdir(parents=True), (c.out / "mine").write_text("")), "out exists already.*delete it or choose another --out"),
+    "annotation of unequal lengths": (
+        set_language(language(["a"], [(100, 102), (103, 104)])),
+        "auto_lang_ann.npy is refused.*1 long, is not one name",
+    ),
+    "annotation of ragged pairs": (
+        set_language(language(["a", "b"], [(100, 102), (103,)])),
+        "auto_lang_ann.npy is refused",
+    ),
+    "annotation with tasks of numbers": (
+        set_language(language([1], [(100, 102)])),
+        "auto_lang_ann.npy is refused",
+    ),
+    "out exists": (something_at_out, "out exists already.*delete it or choose another --out"),
     "out under a file": (lambda c: c.out.parent.write_text(""), "cannot write .*choose an --out folder"),
     "no permission": (no_permission, "cannot write .*Permission denied; choose an --out"),
     "disk too small": (full_disk_at_once, "GB are free: free some, or choose --out"),
@@ -518,16 +643,23 @@ class Payload:
         return open, (str(self.marker), "w")
 
 
-@pytest.mark.parametrize("where", ["in the dictionary", "in an array", "instead of it", "in a frame", "in the index"])
+PLACES = ["in the dictionary", "in an array", "instead of it", "in a frame", "in the index"]
+
+
+@pytest.mark.parametrize("where", PLACES)
 def test_a_crafted_pickle_does_not_run(where, calvin, tmp_path, capsys):
     marker = tmp_path / "the payload ran"
-    payload, content = Payload(marker), language(["a"], [(100, 101)])
+    payload = Payload(marker)
+    content = language(["a"], [(100, 101)])
     if where == "in the dictionary":
         content["info"]["episodes"] = [payload]
     elif where == "in an array":
         content["language"]["emb"] = np.array([payload, None], dtype=object)
-    path = calvin / {"in a frame": "episode_0000104.npz", "in the index": "ep_start_end_ids.npy"}.get(where, "lang_annotations/auto_lang_ann.npy")
+    path = calvin / "lang_annotations" / "auto_lang_ann.npy"
+    if where == "in the index":
+        path = calvin / "ep_start_end_ids.npy"
     if where == "in a frame":
+        path = calvin / "episode_0000104.npz"
         np.savez(path, **{**calvin_frame(104), "rel_actions": np.array([payload] * 7)})
     else:
         save_pickled(path, content if where in ("in the dictionary", "in an array") else payload)
@@ -537,19 +669,26 @@ def test_a_crafted_pickle_does_not_run(where, calvin, tmp_path, capsys):
     assert path.name in sentence and sentence.count("\n") == 1
     if path.name == "auto_lang_ann.npy":
         assert "it asks to run io.open" in sentence and "was not run" in sentence
-        with open(path, "rb") as file:                               # the payload is a real one: run it to see
-            np.lib.format.read_magic(file), np.lib.format.read_array_header_1_0(file)
+        with open(path, "rb") as file:                              # the payload is a real one: run it to see
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
             pickle.load(file)
         assert marker.exists()
 
 
-@pytest.mark.parametrize("module, name", [("os", "system"), ("builtins", "eval"), ("numpy", "load"), ("numpy", "memmap"), ("numpy.core.multiarray", "fromfile")])
+@pytest.mark.parametrize("module, name", [
+    ("os", "system"),
+    ("builtins", "eval"),
+    ("numpy", "load"),
+    ("numpy", "memmap"),
+    ("numpy.core.multiarray", "fromfile"),
+])
 def test_the_unpickler_knows_nothing_else(module, name):
     with pytest.raises(pickle.UnpicklingError, match=f"{module}.{name}"):
         calvin_import.PlainUnpickler(io.BytesIO(f"c{module}\n{name}\n.".encode())).load()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # inspect, and the command line
 
 @pytest.mark.parametrize("lang", [True, False])
@@ -559,10 +698,16 @@ def test_inspect_prints_and_draws(lang, tmp_path, capsys):
     capsys.readouterr()
     assert data_command.main(["inspect", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "45 frames" in said and "16 px" in said and "3 episodes of 3 to 30 frames" in said and "source: calvin" in said
+    assert "45 frames" in said
+    assert "16 px" in said
+    assert "3 episodes of 3 to 30 frames" in said
+    assert "source: calvin" in said
     assert ("open_drawer" in said) == lang
-    assert [line for line in said.splitlines() if "robot_obs x" in line][0].split()[2:] == ["100.0000", "to", "151.0000"]
-    assert said.count("rel_actions ") == 7 and said.count("robot_obs ") == 15 and said.count("scene_obs ") == 24
+    line = next(line for line in said.splitlines() if "robot_obs x" in line)
+    assert line.split()[2:] == ["100.0000", "to", "151.0000"]
+    assert said.count("rel_actions ") == 7
+    assert said.count("robot_obs ") == 15
+    assert said.count("scene_obs ") == 24
     from matplotlib.image import imread
     picture = imread(tmp_path / "out" / "contact_sheet.png")
     assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.1
