@@ -1,4 +1,5 @@
-"""The method against closed forms: every formula of diwa.py that a reader would check on paper is checked here.
+"""The method against closed forms: every formula of diwa.py that a reader would check on paper is checked
+here.
 
     python -m pytest tests/test_method.py          # under a minute on one core, no recordings, no simulator
 """
@@ -25,8 +26,11 @@ FEATURE = 11                                                # size of the made-u
 
 def tiny(**changes):
     """A configuration that is small enough for a unit test."""
-    small = dict(device="cpu", image_size=64, wm_stride=1, wm_codes=8, wm_depth=2, wm_z=4, wm_classes=5, wm_h=16, wm_hidden=16, wm_embed=16, bc_hidden=32,
-                 reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3, ft_epochs=2, ft_minibatches=2, ft_clip=0.01, ft_clip_first=0.001, ft_shift=0.0)
+    small = dict(
+        device="cpu", image_size=64, wm_stride=1, wm_codes=8, wm_depth=2, wm_z=4, wm_classes=5, wm_h=16,
+        wm_hidden=16, wm_embed=16, bc_hidden=32, reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3,
+        ft_epochs=2, ft_minibatches=2, ft_clip=0.01, ft_clip_first=0.001, ft_shift=0.0,
+    )
     return diwa.Config(**{**small, **changes})
 
 
@@ -63,7 +67,10 @@ def dream(cfg, wm, classifier=None, horizon=None):
 
 
 def optimizers_for(actor, critic):
-    return dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=1e-3), critic=torch.optim.AdamW(critic.parameters(), lr=1e-3))
+    return dict(
+        actor=torch.optim.AdamW(actor.net.parameters(), lr=1e-3),
+        critic=torch.optim.AdamW(critic.parameters(), lr=1e-3),
+    )
 
 
 def weights(module):
@@ -86,7 +93,9 @@ class Perfect(nn.Module):
 
     def __init__(self, actor, clean):
         super().__init__()
-        self.signal, self.noise, self.clean = actor.signal, actor.noise, clean
+        self.signal = actor.signal
+        self.noise = actor.noise
+        self.clean = clean
 
     def forward(self, x, t, feature):
         return (x - self.signal[t][:, None, None] * self.clean) / self.noise[t][:, None, None]
@@ -100,13 +109,14 @@ def schedule(K):
     return beta, 1 - beta, bar, np.append(1, bar[:-1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4  Actor: the schedule and one denoising step
 
 @pytest.mark.parametrize("K", [1, 10, 20, 100])
 def test_cosine_schedule(K):
     """Signal and noise levels are those of the cosine schedule, and t = 0 is the cleanest step."""
-    actor, (_, _, bar, _) = diwa.DiffusionActor(tiny(bc_steps=K, ft_steps=1), FEATURE), schedule(K)
+    actor = diwa.DiffusionActor(tiny(bc_steps=K, ft_steps=1), FEATURE)
+    _, _, bar, _ = schedule(K)
     np.testing.assert_allclose(actor.signal, np.sqrt(bar), atol=1e-6)
     np.testing.assert_allclose(actor.noise, np.sqrt(1 - bar), atol=1e-6)
     assert (actor.signal.diff() < 0).all()
@@ -114,31 +124,41 @@ def test_cosine_schedule(K):
 
 @pytest.mark.parametrize("K", [10, 20, 100])
 def test_posterior_is_bayes_rule(K):
-    """q(x_{t-1} | x_t, x_0) = N(x_{t-1}; sqrt(bar_{t-1}) x_0, 1 - bar_{t-1}) * N(x_t; sqrt(alpha) x_{t-1}, beta), normalised."""
-    actor, (beta, alpha, _, before) = diwa.DiffusionActor(tiny(bc_steps=K, ft_steps=1), FEATURE), schedule(K)
-    a, b, p, q = alpha[1:], beta[1:], before[1:], 1 - before[1:]
+    """q(x_{t-1} | x_t, x_0) = N(x_{t-1}; sqrt(bar_{t-1}) x_0, 1 - bar_{t-1}) * N(x_t; sqrt(alpha) x_{t-1},
+    beta), normalised."""
+    actor = diwa.DiffusionActor(tiny(bc_steps=K, ft_steps=1), FEATURE)
+    beta, alpha, _, before = schedule(K)
+    a = alpha[1:]
+    b = beta[1:]
+    p = before[1:]
+    q = 1 - before[1:]
     precision = 1 / q + a / b
     np.testing.assert_allclose(actor.coef_x0[1:], np.sqrt(p) / q / precision, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(actor.coef_xt[1:], np.sqrt(a) / b / precision, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(actor.std[1:], precision ** -0.5, rtol=1e-4)
-    assert actor.coef_x0[0] == pytest.approx(1, abs=1e-6) and actor.coef_xt[0] == 0 and actor.std[0] < 1e-9   # the last step is the guess itself
+    # the last step is the guess itself
+    assert actor.coef_x0[0] == pytest.approx(1, abs=1e-6) and actor.coef_xt[0] == 0 and actor.std[0] < 1e-9
 
 
 def test_mean_recovers_the_clean_chunk():
-    """With the true noise, the mean of step t is Bayes' mean for the true clean chunk, also for a tensor of mixed t."""
+    """With the true noise, the mean of step t is Bayes' mean for the true clean chunk, also for a tensor of
+    mixed t."""
     actor = diwa.DiffusionActor(tiny(), FEATURE)
-    clean, noise, t = torch.rand(20, 4, 7) * 1.8 - 0.9, torch.randn(20, 4, 7), torch.arange(20)
+    clean = torch.rand(20, 4, 7) * 1.8 - 0.9
+    noise = torch.randn(20, 4, 7)
+    t = torch.arange(20)
     x = actor.signal[:, None, None] * clean + actor.noise[:, None, None] * noise
     got = actor.mean(lambda x, t, f: noise, x, t, None)
     want = actor.coef_x0[:, None, None] * clean + actor.coef_xt[:, None, None] * x
-    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)                                # 1 / signal is 400 at t = 19
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)                     # 1 / signal is 400 at t = 19
     one = actor.mean(lambda x, t, f: noise[7:8], x[7:8], 7, None)
     torch.testing.assert_close(one, got[7:8])
 
 
 def test_clean_guess_is_clipped():
     """A guess of the clean chunk beyond the action range counts as +-1."""
-    actor, x = diwa.DiffusionActor(tiny(), FEATURE), torch.zeros(1, 4, 7)
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    x = torch.zeros(1, 4, 7)
     got = actor.mean(Fixed(-50.0), x, 5, None)
     torch.testing.assert_close(got, torch.full_like(x, actor.coef_x0[5].item()))
 
@@ -152,12 +172,20 @@ def test_time_embedding():
 
 
 def test_bc_loss_predicts_the_added_noise(monkeypatch):
-    """The training pair is x = signal * chunk + noise-level * noise at a t in 0..K-1, the target is the noise."""
-    actor, chunk, seen = diwa.DiffusionActor(tiny(), FEATURE), torch.rand(500, 4, 7) - 0.5, []
+    """The training pair is x = signal * chunk + noise-level * noise at a t in 0..K-1, the target is the
+    noise."""
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    chunk = torch.rand(500, 4, 7) - 0.5
+    seen = []
     perfect = Perfect(actor, chunk)
     actor.net = perfect
     assert actor.bc_loss(torch.zeros(500, FEATURE), chunk) < 1e-6
-    perfect.forward = lambda x, t, f: seen.append(t) or x
+
+    def note(x, t, f):
+        seen.append(t)
+        return x
+
+    perfect.forward = note
     actor.bc_loss(torch.zeros(500, FEATURE), chunk)
     assert set(seen[0].tolist()) == set(range(20))
 
@@ -167,12 +195,15 @@ def test_denoiser_shapes(net, H):
     """Both denoisers keep the chunk's shape and listen to chunk, time and feature."""
     cfg = tiny(bc_net=net, bc_chunk=H)
     actor = diwa.build_actor(cfg, FEATURE)
-    x, t, f = torch.randn(3, H, 7), torch.tensor([0, 5, 19]), torch.randn(3, FEATURE)
+    x = torch.randn(3, H, 7)
+    t = torch.tensor([0, 5, 19])
+    f = torch.randn(3, FEATURE)
     y = actor.net(x, t, f)
     assert y.shape == (3, H, 7)
     for other in (actor.net(x + 1, t, f), actor.net(x, t + 1, f), actor.net(x, t, f + 1)):
         assert (other - y).abs().flatten(1).amax(1).min() > 1e-4
-    torch.testing.assert_close(actor.net(x[1:2], t[1:2], f[1:2]), y[1:2], atol=1e-5, rtol=1e-4)   # rows do not mix
+    # rows do not mix
+    torch.testing.assert_close(actor.net(x[1:2], t[1:2], f[1:2]), y[1:2], atol=1e-5, rtol=1e-4)
     assert actor.sample_chain(f).shape == (3, 11, H, 7)
 
 
@@ -182,25 +213,29 @@ def test_unet_refuses_odd_chunks():
         runs.check_config(tiny(bc_net="unet", bc_chunk=6))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4  Actor: the chain
 
 @pytest.mark.parametrize("K, tuned", [(20, 10), (20, 1), (20, 20), (5, 3), (1, 1)])
 @pytest.mark.parametrize("explore", [True, False])
 def test_chain_by_hand(K, tuned, explore):
-    """sample_chain is K steps with the frozen net while t >= K' and the tuned one after; it records chain[0] = output of the last frozen step
+    """sample_chain is K steps with the frozen net while t >= K' and the tuned one after; it records chain[0]
+    = output of the last frozen step
     (the first noise when K' = K), and step j is t = K' - 1 - j."""
     cfg = tiny(bc_steps=K, ft_steps=tuned)
-    actor, feature = diwa.DiffusionActor(cfg, FEATURE), torch.randn(4, FEATURE)
-    actor.base.load_state_dict(diwa.DiffusionActor(cfg, FEATURE).net.state_dict())          # base and net differ
+    actor = diwa.DiffusionActor(cfg, FEATURE)
+    feature = torch.randn(4, FEATURE)
+    actor.base.load_state_dict(diwa.DiffusionActor(cfg, FEATURE).net.state_dict())       # base and net differ
     torch.manual_seed(5)
     chain = actor.sample_chain(feature, explore)
     torch.manual_seed(5)
-    x, want = torch.randn(4, 4, 7), []
+    x = torch.randn(4, 4, 7)
+    want = []
     if tuned == K:
         want.append(x)
     for t in range(K - 1, -1, -1):
-        net, sigma = actor.base if t >= tuned else actor.net, actor.std[t].item()
+        net = actor.base if t >= tuned else actor.net
+        sigma = actor.std[t].item()
         std = max(sigma, 0.1) if explore else 0 if t == 0 else max(sigma, 1e-3)
         with torch.no_grad():
             x = actor.mean(net, x, t, feature) + std * torch.randn(4, 4, 7).clamp(-3, 3)
@@ -212,7 +247,8 @@ def test_chain_by_hand(K, tuned, explore):
 
 def test_exploration_noise_is_clipped(monkeypatch):
     """Noise beyond three standard deviations is cut, so that a chunk cannot jump out of the data."""
-    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.zeros(2, FEATURE)
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    feature = torch.zeros(2, FEATURE)
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 10.0))
     chain = actor.sample_chain(feature)
     last = actor.mean(actor.net, chain[:, -2], 0, feature)
@@ -221,7 +257,8 @@ def test_exploration_noise_is_clipped(monkeypatch):
 
 def test_acting_adds_no_noise_at_the_last_step():
     """What is executed outside of exploration is the mean of step t = 0, and agrees with chain[:, -1]."""
-    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.randn(5, FEATURE)
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    feature = torch.randn(5, FEATURE)
     chain = actor.sample_chain(feature, explore=False)
     torch.testing.assert_close(chain[:, -1], actor.mean(actor.net, chain[:, -2], 0, feature), rtol=0, atol=0)
     torch.manual_seed(1)
@@ -232,8 +269,10 @@ def test_acting_adds_no_noise_at_the_last_step():
 
 @pytest.mark.parametrize("tuned", [1, 3, 10, 20])
 def test_chain_logprob_by_hand(tuned):
-    """Step j has t = K' - 1 - j, the std max(sigma_t, floor) also at t = 0, and its element log-densities are averaged, not summed."""
-    actor, feature = diwa.DiffusionActor(tiny(ft_steps=tuned), FEATURE), torch.randn(4, FEATURE)
+    """Step j has t = K' - 1 - j, the std max(sigma_t, floor) also at t = 0, and its element log-densities
+    are averaged, not summed."""
+    actor = diwa.DiffusionActor(tiny(ft_steps=tuned), FEATURE)
+    feature = torch.randn(4, FEATURE)
     chain = actor.sample_chain(feature)
     got = actor.chain_logprob(feature, chain)
     assert got.shape == (4, tuned)
@@ -246,7 +285,8 @@ def test_chain_logprob_by_hand(tuned):
 
 def test_logprob_is_clamped():
     """Element log-densities stay in [-5, 2]: no outlier owns a ratio, and a tiny std cannot blow it up."""
-    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.randn(2, FEATURE)
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    feature = torch.randn(2, FEATURE)
     chain = actor.sample_chain(feature)
     chain[:, 1:] += 100 * torch.arange(1, 11)[:, None, None]
     assert (actor.chain_logprob(feature, chain) == -5).all()
@@ -256,24 +296,29 @@ def test_logprob_is_clamped():
 
 def test_logprob_floor_follows_the_flag():
     """A wider --ft_std widens the density at every step whose own sigma is smaller, t = 0 included."""
-    feature, density = torch.randn(2, FEATURE), []
+    feature = torch.randn(2, FEATURE)
+    density = []
     for floor in (0.1, 0.2):
         torch.manual_seed(0)
         actor = diwa.DiffusionActor(tiny(ft_steps=1, ft_std=floor), FEATURE)
         chain = actor.sample_chain(feature, explore=False)
         density.append(actor.chain_logprob(feature, chain).mean().item())
-    want = [-math.log(s) - 0.5 * math.log(2 * math.pi) for s in (0.1, 0.2)]                 # the executed chunk is the mean itself
+    # the executed chunk is the mean itself
+    want = [-math.log(s) - 0.5 * math.log(2 * math.pi) for s in (0.1, 0.2)]
     assert density == pytest.approx(want, abs=1e-4)
 
 
 def test_frozen_steps_ignore_the_tuned_net():
-    """Wrecking the tuned net leaves the frozen part of the chain, chain[0], and everything with frozen=True as it was."""
-    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.randn(3, FEATURE)
+    """Wrecking the tuned net leaves the frozen part of the chain, chain[0], and everything with frozen=True
+    as it was."""
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    feature = torch.randn(3, FEATURE)
     def sample(frozen):
         torch.manual_seed(3)
         return actor.sample_chain(feature, frozen=frozen)
-    free, frozen = sample(False), sample(True)
-    torch.testing.assert_close(free, frozen)                                                # before any update both nets are one
+    free = sample(False)
+    frozen = sample(True)
+    torch.testing.assert_close(free, frozen)                             # before any update both nets are one
     with torch.no_grad():
         for p in actor.net.parameters():
             p.add_(0.5)
@@ -284,11 +329,19 @@ def test_frozen_steps_ignore_the_tuned_net():
 def test_base_gets_no_gradient():
     """Neither cloning nor PPO with its anchor may move the frozen net."""
     cfg = tiny()
-    actor, critic = diwa.DiffusionActor(cfg, FEATURE), diwa.mlp([FEATURE, 8, 1], nn.Mish, norm=False)
+    actor = diwa.DiffusionActor(cfg, FEATURE)
+    critic = diwa.mlp([FEATURE, 8, 1], nn.Mish, norm=False)
     before = weights(actor.base)
     optimizer = torch.optim.AdamW([p for p in actor.parameters() if p.requires_grad], lr=0.1)
     b = minibatch(actor, 6)
-    for loss in (lambda: actor.bc_loss(b["feature"], b["chain"][:, -1]), lambda: diwa.ppo_loss(cfg, actor, critic, b)[0]):
+
+    def cloning():
+        return actor.bc_loss(b["feature"], b["chain"][:, -1])
+
+    def practice():
+        return diwa.ppo_loss(cfg, actor, critic, b)[0]
+
+    for loss in (cloning, practice):
         optimizer.zero_grad()
         loss().backward()
         assert all(p.grad is None for p in actor.base.parameters())
@@ -306,8 +359,10 @@ def test_bad_fine_tuned_steps(tuned):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 def test_ddim_agrees_with_a_perfect_denoiser(steps):
-    """With the true noise at every step, DDIM lands on the clean chunk, in however few steps; so does the ancestral sampler."""
-    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.zeros(3, FEATURE)
+    """With the true noise at every step, DDIM lands on the clean chunk, in however few steps; so does the
+    ancestral sampler."""
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    feature = torch.zeros(3, FEATURE)
     clean = torch.rand(3, 4, 7) * 1.8 - 0.9
     actor.net = actor.base = Perfect(actor, clean)
     got = actor.act_ddim(feature, steps)
@@ -318,7 +373,8 @@ def test_ddim_agrees_with_a_perfect_denoiser(steps):
 
 def test_ddim_is_deterministic_given_the_noise():
     """eta = 0: the only randomness is the first noise, so one draw decides the chunk."""
-    actor, feature = diwa.DiffusionActor(tiny(), FEATURE), torch.randn(3, FEATURE)
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    feature = torch.randn(3, FEATURE)
     torch.manual_seed(2)
     a = actor.act_ddim(feature)
     after = torch.rand(1)
@@ -330,15 +386,18 @@ def test_ddim_is_deterministic_given_the_noise():
 
 
 def test_ema_warms_up():
-    """Early the average follows closely, late it has the configured memory: (1 + step) / (10 + step), at most the decay."""
-    a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    """Early the average follows closely, late it has the configured memory: (1 + step) / (10 + step), at
+    most the decay."""
+    a = nn.Linear(1, 1, bias=False)
+    b = nn.Linear(1, 1, bias=False)
     for step, keep in ((0, 0.1), (90, 0.91), (10 ** 6, 0.995)):
-        a.weight.data.fill_(0), b.weight.data.fill_(1)
+        a.weight.data.fill_(0)
+        b.weight.data.fill_(1)
         diwa.ema_update(a, b, 0.995, step)
         assert a.weight.item() == pytest.approx(1 - keep, abs=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7  PPO
 
 def minibatch(actor, n):
@@ -346,8 +405,11 @@ def minibatch(actor, n):
     feature = torch.randn(n, FEATURE)
     with torch.no_grad():
         chain = actor.sample_chain(feature)
-        return dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain), advantage=torch.randn(n),
-                    anchor=actor.sample_chain(feature, frozen=True), **{"return": torch.randn(n)})
+        content = dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain))
+        content["advantage"] = torch.randn(n)
+        content["anchor"] = actor.sample_chain(feature, frozen=True)
+        content["return"] = torch.randn(n)
+        return content
 
 
 def zero_critic():
@@ -355,7 +417,8 @@ def zero_critic():
 
 
 def test_clip_schedule():
-    """epsilon grows exponentially from ft_clip_first at the noisiest step to ft_clip at the last; one link gets ft_clip, not NaN."""
+    """epsilon grows exponentially from ft_clip_first at the noisiest step to ft_clip at the last; one link
+    gets ft_clip, not NaN."""
     cfg = tiny()
     for links in (2, 3, 10, 20):
         clip = diwa.clip_schedule(cfg, links, "cpu")
@@ -366,12 +429,20 @@ def test_clip_schedule():
     assert diwa.clip_schedule(cfg, 1, "cpu").tolist() == pytest.approx([0.01])
 
 
-@pytest.mark.parametrize("kind", [dict(ft_steps=1), dict(ft_steps=10), dict(ft_steps=20), dict(bc_steps=1, ft_steps=1),
-                                  dict(bc_actor="gaussian"), dict(bc_net="unet")])
+@pytest.mark.parametrize("kind", [
+    dict(ft_steps=1),
+    dict(ft_steps=10),
+    dict(ft_steps=20),
+    dict(bc_steps=1, ft_steps=1),
+    dict(bc_actor="gaussian"),
+    dict(bc_net="unet"),
+])
 def test_ratio_is_one_before_any_update(kind):
-    """The stored log-probs are those of the same net: ratio 1 to the last bit, nothing clipped, kl 0, and all gradients finite."""
+    """The stored log-probs are those of the same net: ratio 1 to the last bit, nothing clipped, kl 0, and
+    all gradients finite."""
     cfg = tiny(**kind)
-    actor, critic = diwa.build_actor(cfg, FEATURE), zero_critic()
+    actor = diwa.build_actor(cfg, FEATURE)
+    critic = zero_critic()
     b = minibatch(actor, 6)
     loss, metrics = diwa.ppo_loss(cfg, actor, critic, b)
     left = torch.arange(actor.links - 1, -1, -1)
@@ -388,14 +459,18 @@ def test_ratio_is_one_before_any_update(kind):
 def test_ppo_loss_by_hand(advantage, ratio):
     """One row, one link: -min(A r, A clip(r)) + .5 (V - R)^2 + alpha * -log p(anchor)."""
     cfg = tiny(ft_steps=1, ft_bc=0.3, ft_value=0.5)
-    actor, critic = diwa.DiffusionActor(cfg, FEATURE), zero_critic()
+    actor = diwa.DiffusionActor(cfg, FEATURE)
+    critic = zero_critic()
     b = minibatch(actor, 1)
-    b["logprob"], b["advantage"], b["return"] = b["logprob"] - math.log(ratio), torch.tensor([advantage]), torch.tensor([3.0])
+    b["logprob"] = b["logprob"] - math.log(ratio)
+    b["advantage"] = torch.tensor([advantage])
+    b["return"] = torch.tensor([3.0])
     loss, metrics = diwa.ppo_loss(cfg, actor, critic, b)
     policy = -min(advantage * ratio, advantage * min(max(ratio, 0.99), 1.01))
     value = (critic(b["feature"]).item() - 3) ** 2
     anchor = -actor.chain_logprob(b["feature"], b["anchor"]).item()
-    assert metrics["policy"].item() == pytest.approx(policy, rel=1e-4) and metrics["value"].item() == pytest.approx(value, rel=1e-4)
+    assert metrics["policy"].item() == pytest.approx(policy, rel=1e-4)
+    assert metrics["value"].item() == pytest.approx(value, rel=1e-4)
     assert loss.item() == pytest.approx(policy + 0.5 * value + 0.3 * anchor, rel=1e-4)
     assert metrics["clipped"].item() == (abs(ratio - 1) > 0.01)
     assert metrics["kl"].item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-5)
@@ -404,34 +479,42 @@ def test_ppo_loss_by_hand(advantage, ratio):
 def test_denoising_discount_favours_the_last_step():
     """Step j's advantage is discounted once for each step that is left: gamma^2, gamma, 1 for K' = 3."""
     cfg = tiny(ft_steps=3, ft_gamma_denoise=0.5, ft_clip=0.9, ft_clip_first=0.9, ft_bc=0.0)
-    actor, critic = diwa.DiffusionActor(cfg, FEATURE), zero_critic()
+    actor = diwa.DiffusionActor(cfg, FEATURE)
+    critic = zero_critic()
     b = minibatch(actor, 4)
     b["advantage"] = torch.ones(4)
     for j, discount in enumerate((0.25, 0.5, 1.0)):
         moved = {**b, "logprob": b["logprob"].clone()}
         moved["logprob"][:, j] -= math.log(1.5)
-        change = diwa.ppo_loss(cfg, actor, critic, moved)[1]["policy"] - diwa.ppo_loss(cfg, actor, critic, b)[1]["policy"]
-        assert change.item() == pytest.approx(-0.5 * discount / 3, rel=1e-4)
+        after = diwa.ppo_loss(cfg, actor, critic, moved)[1]["policy"]
+        before = diwa.ppo_loss(cfg, actor, critic, b)[1]["policy"]
+        assert (after - before).item() == pytest.approx(-0.5 * discount / 3, rel=1e-4)
 
 
 def test_noisy_steps_have_the_tighter_clip():
     """A ratio of 1.005 is clipped at the noisiest step and free at the last."""
     cfg = tiny(ft_steps=2, ft_bc=0.0, ft_gamma_denoise=1.0)
-    actor, critic = diwa.DiffusionActor(cfg, FEATURE), zero_critic()
+    actor = diwa.DiffusionActor(cfg, FEATURE)
+    critic = zero_critic()
     b = minibatch(actor, 3)
-    b["advantage"], b["logprob"] = torch.ones(3), b["logprob"] - math.log(1.005)
+    b["advantage"] = torch.ones(3)
+    b["logprob"] = b["logprob"] - math.log(1.005)
     _, metrics = diwa.ppo_loss(cfg, actor, critic, b)
-    assert metrics["policy"].item() == pytest.approx(-(1.001 + 1.005) / 2, abs=2e-5) and metrics["clipped"].item() == pytest.approx(0.5)
+    assert metrics["policy"].item() == pytest.approx(-(1.001 + 1.005) / 2, abs=2e-5)
+    assert metrics["clipped"].item() == pytest.approx(0.5)
 
 
 def test_anchor_pulls_towards_the_frozen_policy():
-    """alpha_BC multiplies the mean negative log-prob of the frozen policy's chains, and its gradient raises that log-prob."""
-    actor, critic = diwa.DiffusionActor(tiny(), FEATURE), zero_critic()
+    """alpha_BC multiplies the mean negative log-prob of the frozen policy's chains, and its gradient raises
+    that log-prob."""
+    actor = diwa.DiffusionActor(tiny(), FEATURE)
+    critic = zero_critic()
     with torch.no_grad():
         actor.net.last.bias.add_(0.3)
     b = minibatch(actor, 16)
-    base, (with_bc, metrics) = diwa.ppo_loss(tiny(ft_bc=0.0), actor, critic, b)[0], diwa.ppo_loss(tiny(ft_bc=0.05), actor, critic, b)
-    before = actor.chain_logprob(b["feature"][:4], b["anchor"][:4]).mean()                             # a quarter of the 16 rows
+    base = diwa.ppo_loss(tiny(ft_bc=0.0), actor, critic, b)[0]
+    with_bc, metrics = diwa.ppo_loss(tiny(ft_bc=0.05), actor, critic, b)
+    before = actor.chain_logprob(b["feature"][:4], b["anchor"][:4]).mean()          # a quarter of the 16 rows
     torch.testing.assert_close(with_bc - base, -0.05 * before, atol=1e-5, rtol=1e-4)
     metrics["anchor"].backward()
     with torch.no_grad():
@@ -441,22 +524,30 @@ def test_anchor_pulls_towards_the_frozen_policy():
 
 
 def test_gaussian_actor():
-    """The plain actor: one link whose density is Normal(tanh(net), ft_std); acting is the mean, frozen is the base net."""
-    actor, feature = diwa.build_actor(tiny(bc_actor="gaussian"), FEATURE), torch.randn(4, FEATURE)
+    """The plain actor: one link whose density is Normal(tanh(net), ft_std); acting is the mean, frozen is
+    the base net."""
+    actor = diwa.build_actor(tiny(bc_actor="gaussian"), FEATURE)
+    feature = torch.randn(4, FEATURE)
     chain = actor.sample_chain(feature)
     mean = actor.mean(actor.net, feature)
     assert chain.shape == (4, 2, 4, 7) and torch.equal(actor.act(feature), mean)
     want = Normal(mean, 0.1).log_prob(chain[:, 1]).clamp(-5, 2).mean((1, 2))
     torch.testing.assert_close(actor.chain_logprob(feature, chain)[:, 0], want, atol=1e-5, rtol=1e-4)
     before = actor.sample_chain(feature, explore=False, frozen=True)
-    nn.init.zeros_(actor.net[-1].weight), nn.init.zeros_(actor.net[-1].bias)
-    assert torch.equal(actor.sample_chain(feature, explore=False, frozen=True), before) and (actor.act(feature) == 0).all()
+    nn.init.zeros_(actor.net[-1].weight)
+    nn.init.zeros_(actor.net[-1].bias)
+    assert torch.equal(actor.sample_chain(feature, explore=False, frozen=True), before)
+    assert (actor.act(feature) == 0).all()
 
 
 def random_episodes(T=14, B=5):
-    """Rewards, values and ends [T, B]; next_value is value[t + 1] except where an episode ends: there the true next feature has its own value."""
+    """Rewards, values and ends [T, B]; next_value is value[t + 1] except where an episode ends: there the
+    true next feature has its own value."""
     g = torch.Generator().manual_seed(3)
-    rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=g, dtype=torch.float64)
+
     end = rand(T, B) < 0.25
     terminated = end & (rand(T, B) < 0.5)
     value = rand(T, B)
@@ -465,7 +556,8 @@ def random_episodes(T=14, B=5):
 
 
 def test_gae_is_the_brute_force_sum():
-    """A_t = sum_l (gamma lambda)^l delta_{t+l} up to the end of the dream; a truncated dream bootstraps from its own next feature."""
+    """A_t = sum_l (gamma lambda)^l delta_{t+l} up to the end of the dream; a truncated dream bootstraps from
+    its own next feature."""
     reward, value, following, terminated, truncated = random_episodes()
     assert terminated.any() and truncated.any()
     advantage, returns = diwa.gae(reward, value, following, terminated, truncated, 0.9, 0.8)
@@ -515,15 +607,20 @@ def test_what_follows_lasting_success():
     seen = torch.tensor([[1, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 1.]])[..., None]
     dreamed = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0.]])[..., None]
     assert diwa.lasting(Reads(), seen).int().tolist() == [[0, 1, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 1, 1, 1]]
-    assert diwa.after_success(Reads(), seen, dreamed).int().tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 0, 1, 1, 1]]
+    after = diwa.after_success(Reads(), seen, dreamed)
+    assert after.int().tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 0, 1, 1, 1]]
 
 
 def test_reward_scaler_against_numpy():
-    """Rewards are divided by the std of all discounted returns seen so far, state carried from call to call and through a checkpoint."""
-    scaler, history, rng = diwa.RewardScaler(), [], np.random.default_rng(0)
+    """Rewards are divided by the std of all discounted returns seen so far, state carried from call to call
+    and through a checkpoint."""
+    scaler = diwa.RewardScaler()
+    history = []
+    rng = np.random.default_rng(0)
     for call in range(3):
-        reward, ended = (rng.random((9, 4)) < 0.3) * rng.random((9, 4)), rng.random((9, 4)) < 0.2
-        running = np.zeros(4)                                                               # every rollout begins with new dreams
+        reward = (rng.random((9, 4)) < 0.3) * rng.random((9, 4))
+        ended = rng.random((9, 4)) < 0.2
+        running = np.zeros(4)                                           # every rollout begins with new dreams
         for r, end in zip(reward, ended):
             history.append(r + 0.9 * running)
             running = history[-1] * ~end
@@ -536,37 +633,44 @@ def test_reward_scaler_against_numpy():
     assert scaler(torch.full((1, 4), -1e9), torch.ones(1, 4, dtype=torch.bool), 0.9).min() >= -10
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3  World model: latents, KL, GRU
 
 @pytest.mark.parametrize("unimix", [0.0, 0.01])
 def test_categorical_kl(unimix):
-    """KL of independent categoricals with a uniform share mixed in, summed over the latents, against torch.distributions."""
-    cfg, (p, q) = tiny(wm_latent="categorical", wm_unimix=unimix), torch.randn(2, 3, 20, dtype=torch.float32) * 2
+    """KL of independent categoricals with a uniform share mixed in, summed over the latents, against
+    torch.distributions."""
+    cfg = tiny(wm_latent="categorical", wm_unimix=unimix)
+    p, q = torch.randn(2, 3, 20, dtype=torch.float32) * 2
     a, b = (Categorical(probs=(1 - unimix) * x.view(3, 4, 5).softmax(-1) + unimix / 5) for x in (p, q))
-    torch.testing.assert_close(diwa.kl_divergence(p, q, cfg), kl_divergence(a, b).sum(-1), atol=1e-5, rtol=1e-4)
+    want = kl_divergence(a, b).sum(-1)
+    torch.testing.assert_close(diwa.kl_divergence(p, q, cfg), want, atol=1e-5, rtol=1e-4)
 
 
 def test_unimix_bounds_the_probabilities():
     """However extreme the logits, each class keeps its uniform share, so the KL stays finite."""
     cfg = tiny(wm_latent="categorical", wm_unimix=0.01)
     probs = diwa.log_probs(torch.tensor([500.0, 0, 0, 0, -500]).repeat(4), cfg).exp()
-    assert probs.min().item() == pytest.approx(0.002, rel=1e-4) and torch.allclose(probs.sum(-1), torch.ones(4))
+    assert probs.min().item() == pytest.approx(0.002, rel=1e-4)
+    assert torch.allclose(probs.sum(-1), torch.ones(4))
 
 
 def test_gaussian_kl():
     """KL of diagonal Gaussians, std = softplus(raw) + 0.1, against torch.distributions."""
     p, q = torch.randn(2, 3, 8)
     a, b = (Normal(x[:, :4], F.softplus(x[:, 4:]) + 0.1) for x in (p, q))
-    torch.testing.assert_close(diwa.kl_divergence(p, q, tiny()), kl_divergence(a, b).sum(-1), atol=1e-5, rtol=1e-4)
+    want = kl_divergence(a, b).sum(-1)
+    torch.testing.assert_close(diwa.kl_divergence(p, q, tiny()), want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("latent, size", [("categorical", 20), ("gaussian", 8)])
 @pytest.mark.parametrize("balance", [0.0, 0.5, 0.8, 1.0])
 def test_balanced_kl(latent, size, balance):
-    """Balancing changes no value; it gives `balance` of the gradient to the prior and the rest to the posterior."""
+    """Balancing changes no value; it gives `balance` of the gradient to the prior and the rest to the
+    posterior."""
     cfg = tiny(wm_latent=latent, wm_balance=balance)
-    post, prior = torch.randn(3, size, requires_grad=True), torch.randn(3, size, requires_grad=True)
+    post = torch.randn(3, size, requires_grad=True)
+    prior = torch.randn(3, size, requires_grad=True)
     plain = diwa.kl_divergence(post, prior, cfg)
     balanced = diwa.balanced_kl(post, prior, cfg)
     torch.testing.assert_close(balanced, plain)
@@ -577,35 +681,44 @@ def test_balanced_kl(latent, size, balance):
 
 def test_free_nats():
     """Below the free nats an element counts as the floor and pulls at nothing; above, the KL is untouched."""
-    cfg, post = tiny(wm_free=1.0), torch.randn(2, 8)
+    cfg = tiny(wm_free=1.0)
+    post = torch.randn(2, 8)
     prior = post.clone()
     prior[1] += 5
-    post.requires_grad_(), prior.requires_grad_()
+    post.requires_grad_()
+    prior.requires_grad_()
     kl = diwa.balanced_kl(post, prior, cfg)
-    assert kl[0].item() == pytest.approx(1.0) and kl[1].item() == pytest.approx(diwa.kl_divergence(post, prior, cfg)[1].item())
+    assert kl[0].item() == pytest.approx(1.0)
+    assert kl[1].item() == pytest.approx(diwa.kl_divergence(post, prior, cfg)[1].item())
     kl.sum().backward()
     assert (post.grad[0] == 0).all() and (prior.grad[0] == 0).all() and (prior.grad[1] != 0).any()
 
 
 def test_straight_through():
     """Forward a one-hot; backward the softmax's Jacobian, p (w - <p, w>), whichever class was drawn."""
-    cfg, w = tiny(wm_latent="categorical", wm_unimix=0.0), torch.randn(2, 4, 5)
+    cfg = tiny(wm_latent="categorical", wm_unimix=0.0)
+    w = torch.randn(2, 4, 5)
     logits = torch.randn(2, 20, requires_grad=True)
     z = diwa.sample_latent(logits, cfg)
     assert z.shape == (2, 20)
-    torch.testing.assert_close(z.detach().view(2, 4, 5).sort(-1).values, torch.tensor([0.0, 0, 0, 0, 1]).expand(2, 4, 5), atol=1e-6, rtol=0)
+    one_hot = torch.tensor([0.0, 0, 0, 0, 1]).expand(2, 4, 5)
+    torch.testing.assert_close(z.detach().view(2, 4, 5).sort(-1).values, one_hot, atol=1e-6, rtol=0)
     (z.view(2, 4, 5) * w).sum().backward()
     p = logits.detach().view(2, 4, 5).softmax(-1)
-    torch.testing.assert_close(logits.grad.view(2, 4, 5), p * (w - (p * w).sum(-1, keepdim=True)), atol=1e-6, rtol=1e-4)
+    want = p * (w - (p * w).sum(-1, keepdim=True))
+    torch.testing.assert_close(logits.grad.view(2, 4, 5), want, atol=1e-6, rtol=1e-4)
 
 
 def test_latent_samples_follow_their_distribution():
-    """Drawn classes have the stated probabilities; Gaussian latents the stated mean and std, and they are reparametrised."""
-    cfg, logits = tiny(wm_latent="categorical", wm_z=1), torch.tensor([0.0, 1, 2, 3, -1])
+    """Drawn classes have the stated probabilities; Gaussian latents the stated mean and std, and they are
+    reparametrised."""
+    cfg = tiny(wm_latent="categorical", wm_z=1)
+    logits = torch.tensor([0.0, 1, 2, 3, -1])
     share = diwa.sample_latent(logits.expand(20_000, 5), cfg).mean(0)
     torch.testing.assert_close(share, diwa.log_probs(logits, cfg).exp()[0], atol=0.015, rtol=0)
     stats = torch.tensor([1.0, -2, 0, 1]).requires_grad_()
-    z, (mean, std) = diwa.sample_latent(stats.expand(20_000, 4), tiny(wm_z=2)), diwa.mean_std(stats)
+    z = diwa.sample_latent(stats.expand(20_000, 4), tiny(wm_z=2))
+    mean, std = diwa.mean_std(stats)
     torch.testing.assert_close(z.mean(0), mean, atol=0.05, rtol=0)
     torch.testing.assert_close(z.std(0), std, atol=0.05, rtol=0)
     assert torch.autograd.grad(z.mean(), stats)[0][:2].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
@@ -614,27 +727,39 @@ def test_latent_samples_follow_their_distribution():
 def test_impossible_classes_are_no_nan():
     """Without unimix a class may have probability 0 in float32; the KL must stay finite."""
     cfg = tiny(wm_latent="categorical", wm_unimix=0.0)
-    p, q = torch.zeros(2, 20), torch.zeros(2, 20)
-    p[:, ::5], q[:, 1::5] = 500.0, 500.0
+    p = torch.zeros(2, 20)
+    q = torch.zeros(2, 20)
+    p[:, ::5] = 500.0
+    q[:, 1::5] = 500.0
     assert diwa.kl_divergence(p, q, cfg).isfinite().all() and diwa.log_probs(p, cfg).isfinite().all()
 
 
 def test_norm_gru_formula():
-    """One LayerNorm over all three gates, input order [x, h], gates in the order reset, candidate, update, and an update bias of -1."""
-    gru, x, h = diwa.NormGRU(3, 4), torch.randn(5, 3), torch.randn(5, 4)
+    """One LayerNorm over all three gates, input order [x, h], gates in the order reset, candidate, update,
+    and an update bias of -1."""
+    gru = diwa.NormGRU(3, 4)
+    x = torch.randn(5, 3)
+    h = torch.randn(5, 4)
     with torch.no_grad():
-        gru.norm.weight.normal_(), gru.norm.bias.normal_()
+        gru.norm.weight.normal_()
+        gru.norm.bias.normal_()
         got = gru(x, h).numpy()
     pre = np.concatenate([x, h], 1) @ gru.linear.weight.detach().numpy().T
     pre = (pre - pre.mean(1, keepdims=True)) / np.sqrt(pre.var(1, keepdims=True) + 1e-3)
     pre = pre * gru.norm.weight.detach().numpy() + gru.norm.bias.detach().numpy()
-    sigmoid = lambda v: 1 / (1 + np.exp(-v))
-    reset, candidate, update = sigmoid(pre[:, :4]), pre[:, 4:8], sigmoid(pre[:, 8:] - 1)
+
+    def sigmoid(v):
+        return 1 / (1 + np.exp(-v))
+
+    reset = sigmoid(pre[:, :4])
+    candidate = pre[:, 4:8]
+    update = sigmoid(pre[:, 8:] - 1)
     np.testing.assert_allclose(got, update * np.tanh(reset * candidate) + (1 - update) * h.numpy(), atol=1e-5)
 
 
 def test_world_model_loss_is_the_stated_sum():
-    """image + .3 KL + proprio weight * pose, and the same likelihood again for dreamed frames; each part finite."""
+    """image + .3 KL + proprio weight * pose, and the same likelihood again for dreamed frames; each part
+    finite."""
     for changes in (dict(wm_open=0.0), dict(wm_open=0.7, wm_proprio=3.0)):
         cfg = tiny(**changes)
         wm = diwa.WorldModel(cfg)
@@ -647,10 +772,12 @@ def test_world_model_loss_is_the_stated_sum():
 
 
 def test_short_windows_dream_at_least_their_last_frame():
-    """--wm_context may exceed --wm_length: something must be left to dream, or the open-loop loss is 0 / 0."""
+    """--wm_context may exceed --wm_length: something must be left to dream, or the open-loop loss is 0 /
+    0."""
     torch.manual_seed(0)
     cfg = tiny(wm_context=5)
-    wm, batch = world(cfg), {k: v[:, :2] for k, v in observations(cfg, B=3).items()}
+    wm = world(cfg)
+    batch = {k: v[:, :2] for k, v in observations(cfg, B=3).items()}
     for _ in range(5):
         assert diwa.world_model_loss(wm, batch, cfg)[0].isfinite()
 
@@ -658,28 +785,40 @@ def test_short_windows_dream_at_least_their_last_frame():
 def test_open_loop_loss_counts_dreamed_frames_only():
     """The open-loop terms average over the frames from `context` on, row by row, and over no watched one."""
     cfg = tiny(wm_decode=1.0, wm_context=4)
-    wm, batch, seen = world(cfg), observations(cfg, B=5), {}
+    wm = world(cfg)
+    batch = observations(cfg, B=5)
+    seen = {}
     rollout = wm.rollout
-    wm.rollout = lambda *args: seen.update(context=args[3], out=rollout(*args)) or seen["out"]
+
+    def noted(*args):
+        seen.update(context=args[3], out=rollout(*args))
+        return seen["out"]
+
+    wm.rollout = noted
     _, metrics = diwa.world_model_loss(wm, batch, cfg)
-    dreamed, pairs = seen["out"][2], [(i, t) for i, n in enumerate(seen["context"]) for t in range(n, 6)]
-    image, pose = wm.image_error(dreamed, batch), 0.5 * (wm.proprio(dreamed) - batch["proprio"]).square().sum(-1)
+    dreamed = seen["out"][2]
+    pairs = [(i, t) for i, n in enumerate(seen["context"]) for t in range(n, 6)]
+    image = wm.image_error(dreamed, batch)
+    pose = 0.5 * (wm.proprio(dreamed) - batch["proprio"]).square().sum(-1)
     assert 1 <= seen["context"].min() < seen["context"].max() <= 4
     for name, error in (("open_image", image), ("open_pose", pose)):
         torch.testing.assert_close(metrics[name], torch.stack([error[p] for p in pairs]).mean())
 
 
 def test_a_short_windows_dream_waits_at_its_end(no_noise):
-    """Windows of several lengths in one batch: each ends as it does alone, and is not dreamed on past its last frame."""
+    """Windows of several lengths in one batch: each ends as it does alone, and is not dreamed on past its
+    last frame."""
     from types import SimpleNamespace
     wm = world(tiny())
-    every = dict(action=torch.randn(20, 7), command=torch.randn(20, 7), proprio=torch.randn(20, 15), codes=torch.randn(20, wm.codec.size))
+    sizes = dict(action=7, command=7, proprio=15, codes=wm.codec.size)
+    every = {name: torch.randn(20, size) for name, size in sizes.items()}
     made_up = SimpleNamespace(batch=lambda frames: {k: v[torch.from_numpy(frames)] for k, v in every.items()})
     seen, dreamed, frames = diwa.views(wm, made_up, np.array([0, 9]), 8, np.array([4, 16]))
     alone = diwa.views(wm, made_up, np.array([0]), 5)
     assert frames[0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
     for together, single in zip((seen, dreamed), alone):
-        assert torch.allclose(together[0, :5], single[0], atol=1e-5) and torch.equal(together[0, 4:], together[0, 4:5].expand(4, -1))
+        assert torch.allclose(together[0, :5], single[0], atol=1e-5)
+        assert torch.equal(together[0, 4:], together[0, 4:5].expand(4, -1))
         assert not torch.equal(together[1, 6], together[1, 7])
 
 
@@ -687,19 +826,23 @@ def test_a_stride_skips_frames_and_stays_inside(no_noise):
     """Windows of every second frame, each ending on the last such frame of its episode."""
     cfg, wm, dataset, rec = recorded(wm_stride=2)
     seen, dreamed, frames = diwa.views(wm.eval(), rec, np.array([2, 21]), 8, np.array([7, 27]))
-    assert frames.tolist() == [[2, 4, 6, 6], [21, 23, 25, 27]] and seen.shape == dreamed.shape == (2, 4, wm.feature_size)
+    assert frames.tolist() == [[2, 4, 6, 6], [21, 23, 25, 27]]
+    assert seen.shape == dreamed.shape == (2, 4, wm.feature_size)
     assert torch.equal(dreamed[0, 2], dreamed[0, 3]) and not torch.equal(dreamed[1, 2], dreamed[1, 3])
 
 
 @pytest.mark.parametrize("encoder", ["conv", "linear"])
 def test_image_error_is_summed(encoder):
-    """Half the squared error summed over channels and pixels, or codes; averaged, the KL weight would mean something else.  The gripper camera has
+    """Half the squared error summed over channels and pixels, or codes; averaged, the KL weight would mean
+    something else.  The gripper camera has
     its own weight."""
     cfg = tiny(wm_encoder=encoder, wm_gripper=0.3)
-    wm, batch = world(cfg), observations(cfg)
+    wm = world(cfg)
+    batch = observations(cfg)
     feature = torch.randn(2, 6, wm.feature_size)
     if encoder == "conv":
-        static, gripper = (((i - (batch[k].float() / 127.5 - 1)) ** 2).flatten(2) for i, k in zip(wm.decoder(feature), ("rgb_static", "rgb_gripper")))
+        truth = [batch[key].float() / 127.5 - 1 for key in ("rgb_static", "rgb_gripper")]
+        static, gripper = (((i - t) ** 2).flatten(2) for i, t in zip(wm.decoder(feature), truth))
         assert static.shape == gripper.shape == (2, 6, 64 * 64 * 3)
     else:
         static, gripper = ((wm.decoder(feature) - batch["codes"]) ** 2).split([8, 4], -1)
@@ -715,8 +858,10 @@ def moving_dot(n, size=16):
 
 
 def test_linear_codec_is_an_autoencoder():
-    """Principal components: decode(encode(x)) = x where the frames span few directions, and code distances are image distances."""
-    codec, frames = diwa.LinearCodec(tiny(image_size=16, wm_codes=40)), moving_dot(48)
+    """Principal components: decode(encode(x)) = x where the frames span few directions, and code distances
+    are image distances."""
+    codec = diwa.LinearCodec(tiny(image_size=16, wm_codes=40))
+    frames = moving_dot(48)
     for name in ("static", "gripper"):
         codec.fit(name, frames)
     codes = codec.encode(frames, frames)
@@ -730,22 +875,26 @@ def test_linear_codec_is_an_autoencoder():
 
 
 def test_a_camera_that_shows_nothing_is_no_nan():
-    """A robot without a gripper camera gives black frames: their codes have no spread, and a network's input stays finite."""
-    codec, frames = diwa.LinearCodec(tiny(image_size=16, wm_codes=40)), moving_dot(48)
+    """A robot without a gripper camera gives black frames: their codes have no spread, and a network's input
+    stays finite."""
+    codec = diwa.LinearCodec(tiny(image_size=16, wm_codes=40))
+    frames = moving_dot(48)
     codec.fit("static", frames)
     codec.fit("gripper", torch.zeros_like(frames))
     codes = codec.encode(frames, torch.zeros_like(frames))
     assert (codec.gripper_std == 0).all() and codec.whiten(codes).isfinite().all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5  Reward
 
 @pytest.mark.parametrize("tau", [0.1, 0.5])
 def test_nt_xent_brute_force(tau):
     """Supervised contrastive loss, written as the double loop of the paper: the anchor is in neither sum."""
-    e, label = torch.randn(9, 5, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 1, 0, 1, 0, 2])   # class 2 has no partner
-    z, total = F.normalize(e, dim=-1), 0.0
+    e = torch.randn(9, 5, dtype=torch.float64)  # class 2 has no partner
+    label = torch.tensor([0, 0, 1, 1, 1, 0, 1, 0, 2])
+    z = F.normalize(e, dim=-1)
+    total = 0.0
     for i in range(9):
         others = [j for j in range(9) if j != i]
         partners = [j for j in others if label[j] == label[i]]
@@ -756,10 +905,14 @@ def test_nt_xent_brute_force(tau):
 
 
 def test_classifier_loss_and_verdict():
-    """NT-Xent + .5 weighted cross-entropy; success is 1.0 exactly where class 1 wins; the verdict rests on the first feature and the change."""
+    """NT-Xent + .5 weighted cross-entropy; success is 1.0 exactly where class 1 wins; the verdict rests on
+    the first feature and the change."""
     cfg = tiny()
     model = diwa.Classifier(cfg, FEATURE)
-    first, feature, label, weight = torch.randn(8, FEATURE), torch.randn(8, FEATURE), torch.arange(8) % 2, torch.rand(8)
+    first = torch.randn(8, FEATURE)
+    feature = torch.randn(8, FEATURE)
+    label = torch.arange(8) % 2
+    weight = torch.rand(8)
     embedding, logits = model(first, feature)
     loss, _ = diwa.classifier_loss(model, first, feature, label, weight, cfg)
     entropy = (F.cross_entropy(logits, label, reduction="none") * weight).sum() / weight.sum()
@@ -767,27 +920,30 @@ def test_classifier_loss_and_verdict():
     assert torch.equal(model.success(first, feature), (logits[:, 1] > logits[:, 0]).float())
     assert (model(first + 1, feature + 1)[1] - logits).abs().max() > 1e-3
     with torch.no_grad():
-        model.embedding[0].weight[:, :FEATURE] = 0                                          # blind to the first: the change is left
-    torch.testing.assert_close(model(first + 1, feature + 1)[1], model(first, feature)[1], atol=1e-4, rtol=1e-4)
+        model.embedding[0].weight[:, :FEATURE] = 0                    # blind to the first: the change is left
+    moved = model(first + 1, feature + 1)[1]
+    torch.testing.assert_close(moved, model(first, feature)[1], atol=1e-4, rtol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Actions and poses
 
 def test_executed_clips_and_binarises():
     """The arm gets motions in [-1, 1] and a gripper of -1 or +1, as the simulator does; 0 opens."""
-    a = torch.tensor([[3.0, -3, 0.5, 0, 0, 0, 0.01], [0, 0, 0, 1.5, -1.5, 0.2, -0.01], [0, 0, 0, 0, 0, 0, 0.0]])
+    a = torch.tensor([[3.0, -3, 0.5, 0, 0, 0, 0.01], [0, 0, 0, 1.5, -1.5, 0.2, -0.01], [0] * 7])
     want = torch.tensor([[1.0, -1, 0.5, 0, 0, 0, 1], [0, 0, 0, 1, -1, 0.2, -1], [0, 0, 0, 0, 0, 0, 1]])
     assert torch.equal(diwa.executed(a), want) and a[0, 0] == 3
 
 
 def test_pose_code_has_no_jump_and_an_inverse():
-    """Roll lies near +-pi, where Euler angles jump: the code must not; and decoding gives the same orientation back."""
+    """Roll lies near +-pi, where Euler angles jump: the code must not; and decoding gives the same
+    orientation back."""
     pose = data.HOME_POSE.repeat(2, 1)
     pose[:, 3] = torch.tensor([math.pi - 1e-3, -math.pi + 1e-3])
     a, b = data.encode_pose(pose)
     assert (a - b).abs().max() < 0.01
-    pose = data.HOME_POSE + torch.rand(50, 6) * torch.tensor([0.4, 0.4, 0.4, 2, 2, 2]) - torch.tensor([0.2, 0.2, 0.2, 1, 1, 1])
+    width = torch.tensor([0.4, 0.4, 0.4, 2, 2, 2])
+    pose = data.HOME_POSE + torch.rand(50, 6) * width - width / 2
     back = data.decode_pose(data.encode_pose(pose))
     torch.testing.assert_close(back[:, :3], pose[:, :3])
     torch.testing.assert_close(torch.cos(back[:, 3:] - pose[:, 3:]), torch.ones(50, 3))
@@ -795,7 +951,8 @@ def test_pose_code_has_no_jump_and_an_inverse():
 
 
 def test_proprio_code_keeps_every_number():
-    """Each of the 15 numbers of robot_obs moves its own slot of the code and no other, and home is near zero."""
+    """Each of the 15 numbers of robot_obs moves its own slot of the code and no other, and home is near
+    zero."""
     obs = torch.cat([data.HOME_POSE, torch.tensor([0.04]), data.HOME_JOINTS, torch.tensor([1.0])])
     code = data.encode_proprio(obs)
     assert code.shape == (15,) and code[:14].abs().max() < 1e-5 and code[14] == 1
@@ -810,16 +967,19 @@ def robot_walk(n, rng):
     robot = np.zeros((n, 15), np.float32)
     robot[:, :6] = data.HOME_POSE.numpy() + rng.normal(size=(n, 6)) * 0.02
     robot[:, 3] = (robot[:, 3] + np.pi) % (2 * np.pi) - np.pi
-    robot[:, 6], robot[:, 14] = 0.04, rng.choice([-1, 1], n)
+    robot[:, 6] = 0.04
+    robot[:, 14] = rng.choice([-1, 1], n)
     robot[:, 7:14] = data.HOME_JOINTS.numpy()
     return robot
 
 
 @pytest.mark.parametrize("lead", [True, False])
 def test_commanded_targets_step_by_step(lead):
-    """The vectorised integration of commands is the simulator's own advance_target, one step after the other, episode by episode."""
+    """The vectorised integration of commands is the simulator's own advance_target, one step after the
+    other, episode by episode."""
     rng = np.random.default_rng(0)
-    robot, actions = robot_walk(30, rng), rng.uniform(-1, 1, (30, 7)).astype(np.float32)
+    robot = robot_walk(30, rng)
+    actions = rng.uniform(-1, 1, (30, 7)).astype(np.float32)
     episodes = np.array([[0, 11], [12, 12], [13, 29]])
     got = data.commanded_targets(robot, actions, episodes, lead)
     for a, b in episodes:
@@ -830,9 +990,12 @@ def test_commanded_targets_step_by_step(lead):
 
 
 def test_advance_target_is_one_code_path():
-    """numpy and torch integrate alike; a free arm moves 20 mm a unit; a blocked one does not wind up; inputs stay untouched."""
+    """numpy and torch integrate alike; a free arm moves 20 mm a unit; a blocked one does not wind up; inputs
+    stay untouched."""
     rng = np.random.default_rng(1)
-    target, action, tcp = robot_walk(8, rng)[:, :6], rng.uniform(-1, 1, (8, 7)).astype(np.float32), robot_walk(8, rng)[:, :6]
+    target = robot_walk(8, rng)[:, :6]
+    action = rng.uniform(-1, 1, (8, 7)).astype(np.float32)
+    tcp = robot_walk(8, rng)[:, :6]
     kept = target.copy()
     got = calvin_sim.advance_target(*(torch.from_numpy(x) for x in (target, action, tcp)))
     np.testing.assert_allclose(got, calvin_sim.advance_target(target, action, tcp), atol=1e-6)
@@ -845,13 +1008,14 @@ def test_advance_target_is_one_code_path():
     np.testing.assert_allclose(blocked, [calvin_sim.WINDUP_POS] * 3 + [calvin_sim.WINDUP_ORN] * 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Alignment: step t consumes the action executed before frame t
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
 @pytest.mark.parametrize("which", ["action", "command"])
 def test_rollout_is_causal(latent, which):
-    """action[t] and command[t] reach the features from t on and never before: reconstruction would forgive a shift, dreams would not."""
+    """action[t] and command[t] reach the features from t on and never before: reconstruction would forgive a
+    shift, dreams would not."""
     cfg = tiny(wm_latent=latent)
     wm = world(cfg)
     embedding, action, command = sequence(cfg, wm)
@@ -863,15 +1027,22 @@ def test_rollout_is_causal(latent, which):
     (action if which == "action" else command)[:, 3] += 2
     for a, b in zip(before, run()):
         assert torch.equal(a[:, :3], b[:, :3])
-        assert (a[:, 3] - b[:, 3]).abs().amax(-1).min() > 1e-4                              # every row, at once
+        assert (a[:, 3] - b[:, 3]).abs().amax(-1).min() > 1e-4                            # every row, at once
 
 
 def test_noise_only_while_learning(monkeypatch):
-    """Codes and commands get wm_noise and actions three times as much, fresh at each step, and only in training; the features hold the clean command."""
+    """Codes and commands get wm_noise and actions three times as much, fresh at each step, and only in
+    training; the features hold the clean command."""
     cfg, wm, _, rec = recorded(wm_noise=0.05)
-    batch, told = rec.batch(np.tile(np.arange(0, 20), (40, 1))), []
+    batch = rec.batch(np.tile(np.arange(0, 20), (40, 1)))
+    told = []
     hear = wm.moved
-    monkeypatch.setattr(wm, "moved", lambda action, command: told.append((action, command)) or hear(action, command))
+
+    def noted(action, command):
+        told.append((action, command))
+        return hear(action, command)
+
+    monkeypatch.setattr(wm, "moved", noted)
     for learning in (True, False):
         wm.train(learning)
         feature, _, _ = wm.rollout(wm.embed(batch), batch["action"], batch["command"])
@@ -884,25 +1055,29 @@ def test_noise_only_while_learning(monkeypatch):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_rollout_by_hand(no_noise, stride):
-    """h_t = GRU(h_{t-1}, [z_{t-1}, a_t, c_t]) from zero; z_t from the posterior while watching, from the prior once the eyes are closed."""
+    """h_t = GRU(h_{t-1}, [z_{t-1}, a_t, c_t]) from zero; z_t from the posterior while watching, from the
+    prior once the eyes are closed."""
     cfg = tiny(wm_stride=stride)
     wm = world(cfg)
     embedding, action, command = sequence(cfg, wm, B=1)
     seen, (post, prior), dreamed = wm.rollout(embedding, action, command, torch.tensor([2]))
     for blind, features in ((99, seen), (2, dreamed)):
-        h, z = torch.zeros(1, cfg.wm_h), torch.zeros(1, cfg.wm_z)
+        h = torch.zeros(1, cfg.wm_h)
+        z = torch.zeros(1, cfg.wm_z)
         for t in range(6):
             h = wm.step(h, z, action[:, t], command[:, t])
             stats = wm.prior(h) if t >= blind else wm.posterior(h, embedding[:, t])
             z = stats[:, :cfg.wm_z]
             torch.testing.assert_close(features[:, t], torch.cat([h, z, command[:, t, -7:]], -1))
             if blind == 99:
-                torch.testing.assert_close(post[:, t], stats), torch.testing.assert_close(prior[:, t], wm.prior(h))
+                torch.testing.assert_close(post[:, t], stats)
+                torch.testing.assert_close(prior[:, t], wm.prior(h))
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
 def test_the_dreaming_stream_closes_its_eyes(latent):
-    """It equals the watching stream while t < context, then no frame can reach it; row by row, because contexts differ."""
+    """It equals the watching stream while t < context, then no frame can reach it; row by row, because
+    contexts differ."""
     cfg = tiny(wm_latent=latent)
     wm = world(cfg)
     embedding, action, command = sequence(cfg, wm)
@@ -912,7 +1087,8 @@ def test_the_dreaming_stream_closes_its_eyes(latent):
         seen, _, dreamed = wm.rollout(e, action, command, context)
         return seen, dreamed
     seen, dreamed = run(embedding)
-    late, early = embedding.clone(), embedding.clone()
+    late = embedding.clone()
+    early = embedding.clone()
     for i, n in enumerate(context):
         assert torch.equal(seen[i, :n], dreamed[i, :n]) and (seen[i, n:] - dreamed[i, n:]).abs().max() > 1e-3
         late[i, n:] += 3
@@ -921,7 +1097,8 @@ def test_the_dreaming_stream_closes_its_eyes(latent):
     assert torch.equal(dreamed2, dreamed) and not torch.equal(seen2, seen)
     seen3, dreamed3 = run(early)
     for i, n in enumerate(context):
-        assert torch.equal(dreamed3[i, :n - 1], dreamed[i, :n - 1]) and torch.equal(dreamed3[i, n - 1], seen3[i, n - 1])
+        assert torch.equal(dreamed3[i, :n - 1], dreamed[i, :n - 1])
+        assert torch.equal(dreamed3[i, n - 1], seen3[i, n - 1])
     assert not torch.equal(dreamed3, dreamed)               # the last watched frame does count
 
 
@@ -930,12 +1107,19 @@ class FakeDataset:
 
     def __init__(self, episodes, source="test", size=16):
         self.meta = dict(source=source)
-        rng, n = np.random.default_rng(0), episodes[-1][1] + 1
-        self.episodes, self.segments = np.array(episodes), []
+        rng = np.random.default_rng(0)
+        n = episodes[-1][1] + 1
+        self.episodes = np.array(episodes)
+        self.segments = []
         actions = rng.uniform(-1, 1, (n, 7)).astype(np.float32)
         actions[:, 6] = np.sign(actions[:, 6])
-        self.arrays = dict(robot_obs=robot_walk(n, rng), rel_actions=actions, scene_obs=np.zeros((n, 24), np.float32),
-                           rgb_static=moving_dot(n, size).numpy(), rgb_gripper=moving_dot(n, size).numpy()[::-1].copy())
+        self.arrays = dict(
+            robot_obs=robot_walk(n, rng),
+            rel_actions=actions,
+            scene_obs=np.zeros((n, 24), np.float32),
+            rgb_static=moving_dot(n, size).numpy(),
+            rgb_gripper=moving_dot(n, size).numpy()[::-1].copy(),
+        )
 
     def __getitem__(self, key):
         return self.arrays[key]
@@ -946,14 +1130,16 @@ class FakeDataset:
 
 def recorded(source="test", **changes):
     cfg = tiny(image_size=16, wm_codes=12, **changes)
-    wm, dataset = diwa.WorldModel(cfg), FakeDataset([(0, 19), (20, 44)], source)
+    wm = diwa.WorldModel(cfg)
+    dataset = FakeDataset([(0, 19), (20, 44)], source)
     for name in ("static", "gripper"):
         wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"]))
     return cfg, wm, dataset, data.Recording(cfg, dataset, wm)
 
 
 def test_recording_shifts_actions_by_one():
-    """A window's action[t] is the one given at frame t - 1; the first is erased, as nothing came before; episodes do not touch."""
+    """A window's action[t] is the one given at frame t - 1; the first is erased, as nothing came before;
+    episodes do not touch."""
     cfg, wm, dataset, rec = recorded()
     batch = rec.batch(np.arange(3, 9)[None])
     assert (batch["action"][0, 0] == 0).all()
@@ -968,20 +1154,27 @@ def test_recording_shifts_actions_by_one():
 
 
 def test_a_step_is_told_all_that_led_to_its_frame():
-    """With a stride of 2 a step holds the two actions since the frame before, and the commands that they led to; a window's first repeats its command."""
+    """With a stride of 2 a step holds the two actions since the frame before, and the commands that they led
+    to; a window's first repeats its command."""
     _, _, dataset, rec = recorded(wm_stride=2)
     batch = rec.batch(np.array([[3, 5, 7]]))
-    actions, command = dataset["rel_actions"], rec.command.numpy()
-    np.testing.assert_array_equal(batch["action"][0], np.stack([np.zeros(14), np.r_[actions[3], actions[4]], np.r_[actions[5], actions[6]]]).astype(np.float32))
-    np.testing.assert_array_equal(batch["command"][0], np.stack([np.r_[command[3], command[3]], np.r_[command[4], command[5]], np.r_[command[6], command[7]]]))
+    actions = dataset["rel_actions"]
+    command = rec.command.numpy()
+    nothing = np.zeros(14, np.float32)
+    want = np.stack([nothing, np.r_[actions[3], actions[4]], np.r_[actions[5], actions[6]]])
+    np.testing.assert_array_equal(batch["action"][0], want)
+    want = np.stack([np.r_[command[a], command[b]] for a, b in ((3, 3), (4, 5), (6, 7))])
+    np.testing.assert_array_equal(batch["command"][0], want)
     np.testing.assert_array_equal(batch["proprio"][0], rec.proprio[[3, 5, 7]])
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("source, lead", [("test", 1), ("calvin", 0)])
 def test_the_robot_filters_as_training_does(no_noise, source, lead, stride):
-    """Agent, fed an episode frame by frame with the executed actions, computes the features that training saw: same order, same alignment,
-    same commanded pose, also for CALVIN's recordings, whose actions are differences of measured poses: there the target forgets its lead."""
+    """Agent, fed an episode frame by frame with the executed actions, computes the features that training
+    saw: same order, same alignment,
+    same commanded pose, also for CALVIN's recordings, whose actions are differences of measured poses: there
+    the target forgets its lead."""
     cfg, wm, dataset, rec = recorded(source, wm_stride=stride)
     assert rec.lead == lead
     wm.lead.fill_(rec.lead)
@@ -997,13 +1190,15 @@ def test_the_robot_filters_as_training_does(no_noise, source, lead, stride):
 
 
 def test_the_robot_executes_whole_chunks():
-    """Agent asks its actor once every H frames and gives the arm, and its own memory, what the arm can do: clipped, gripper binary."""
+    """Agent asks its actor once every H frames and gives the arm, and its own memory, what the arm can do:
+    clipped, gripper binary."""
     cfg, wm, dataset, _ = recorded()
     class Actor:
         asked = 0
         def act(self, feature):
             self.asked += 1
-            return torch.linspace(0.1, 0.4, 4)[None, :, None].expand(1, 4, 7) * torch.tensor([1.0, 1, 1, 1, 1, 9, -1])
+            steps = torch.linspace(0.1, 0.4, 4)[None, :, None].expand(1, 4, 7)
+            return steps * torch.tensor([1.0, 1, 1, 1, 1, 9, -1])
     actor = Actor()
     agent = diwa.Agent(cfg, wm, actor)
     agent.reset(1)
@@ -1015,11 +1210,12 @@ def test_the_robot_executes_whole_chunks():
         assert actor.asked == t // 4 + 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6  Dream
 
 def test_dream_step_integrates_the_command():
-    """Without a believed pose, the target moves 20 mm a unit and the command carries the gripper; the old state stays as it was."""
+    """Without a believed pose, the target moves 20 mm a unit and the command carries the gripper; the old
+    state stays as it was."""
     cfg = tiny(wm_proprio=0.0)
     wm = world(cfg)
     env = dream(cfg, wm)
@@ -1027,7 +1223,8 @@ def test_dream_step_integrates_the_command():
     state = {k: v.clone() for k, v in env.state.items()}
     action = diwa.executed(torch.randn(6, 7))
     new = diwa.dream_step(wm, env.state, action[:, None])
-    torch.testing.assert_close(new["target"][:, :3], state["target"][:, :3] + calvin_sim.MAX_REL_POS * action[:, :3])
+    there = state["target"][:, :3] + calvin_sim.MAX_REL_POS * action[:, :3]
+    torch.testing.assert_close(new["target"][:, :3], there)
     torch.testing.assert_close(new["command"], data.encode_command(new["target"], action[:, 6:]))
     torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action, new["command"]))
     for k, v in state.items():
@@ -1036,70 +1233,86 @@ def test_dream_step_integrates_the_command():
 
 @pytest.mark.parametrize("lead", [1, 0])
 def test_a_stride_integrates_every_action(lead):
-    """One step of the world model hears two actions and both commands; between them the arm is not measured again, so even a target that forgets
+    """One step of the world model hears two actions and both commands; between them the arm is not measured
+    again, so even a target that forgets
     its lead goes on from itself there."""
     cfg = tiny(wm_stride=2)
     wm = world(cfg)
     wm.lead.fill_(lead)
     env = dream(cfg, wm)
-    feature, action = env.reset(), diwa.executed(torch.randn(6, 2, 7))
-    state, pose, commands = env.state, wm.tcp(feature), []
+    feature = env.reset()
+    action = diwa.executed(torch.randn(6, 2, 7))
+    state = env.state
+    pose = wm.tcp(feature)
+    commands = []
     target = calvin_sim.advance_target(state["target"], action[:, 0], pose, lead)
     for a, now in zip(action.unbind(1), (target, calvin_sim.advance_target(target, action[:, 1], pose))):
         commands.append(data.encode_command(now, a[:, 6:]))
     new = diwa.dream_step(wm, state, action)
-    torch.testing.assert_close(new["h"], wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1)))
+    want = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1))
+    torch.testing.assert_close(new["h"], want)
     torch.testing.assert_close(new["command"], commands[1])
     assert diwa.feature_of(new).shape == feature.shape
 
 
 def test_a_dream_misplaces_the_arm_unseen():
-    """What the world model hears is shifted by the same few millimetres for a whole dream, each dream by its own; what the policy sees is not."""
+    """What the world model hears is shifted by the same few millimetres for a whole dream, each dream by its
+    own; what the policy sees is not."""
     cfg = tiny(ft_shift=0.01)
     wm = world(cfg)
     env = dream(cfg, wm)
-    heard, tell = [], wm.step
+    heard = []
+    tell = wm.step
 
     def spy(h, z, action, command):
         heard.append(command.clone())
         return tell(h, z, action, command)
     wm.step = spy
     env.reset()
-    shift, start = env.state["shift"], len(heard)
-    assert shift[:, 3:].abs().max() == 0 and shift[:, :3].std() > 0.02 and len(shift[:, 0].unique()) == len(shift)
+    shift = env.state["shift"]
+    start = len(heard)
+    assert shift[:, 3:].abs().max() == 0
+    assert shift[:, :3].std() > 0.02
+    assert len(shift[:, 0].unique()) == len(shift)
     feature, *_, final = env.step(torch.zeros(6, cfg.bc_chunk, 7))
-    told = heard[start + cfg.bc_chunk - 1]                  # the chunk's last step; a draw of fresh starts follows
+    told = heard[start + cfg.bc_chunk - 1]             # the chunk's last step; a draw of fresh starts follows
     torch.testing.assert_close(told - final[:, -7:], shift)
     still = ~(env.state["age"] == 0)
     assert torch.equal(env.state["shift"][still], shift[still])
 
 
 def test_dream_step_believes_its_own_pose():
-    """With proprioception the lead is measured from the pose that the model reads out of its feature, as the arm measures its own."""
+    """With proprioception the lead is measured from the pose that the model reads out of its feature, as the
+    arm measures its own."""
     cfg = tiny()
     wm = world(cfg)
     env = dream(cfg, wm)
-    feature, action = env.reset(), diwa.executed(torch.randn(6, 7))
+    feature = env.reset()
+    action = diwa.executed(torch.randn(6, 7))
     pose = data.decode_pose(wm.proprio(feature)[:, :6])
     torch.testing.assert_close(wm.tcp(feature), pose)
     want = calvin_sim.advance_target(env.state["target"], action, pose)
     torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], want)
-    wm.lead.zero_()                                         # a model of CALVIN's recordings: the target starts from the arm, each time
-    torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], calvin_sim.advance_target(pose, action, pose))
+    wm.lead.zero_()                # a model of CALVIN's recordings: the target starts from the arm, each time
+    want = calvin_sim.advance_target(pose, action, pose)
+    torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], want)
     wm.lead.fill_(1)
-    for p in wm.pose_head.parameters():                     # the pose is predicted as a lag behind the command: no lag, no difference
+    # the pose is predicted as a lag behind the command: no lag, no difference
+    for p in wm.pose_head.parameters():
         p.zero_()
     torch.testing.assert_close(wm.tcp(feature), env.state["target"])
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
 def test_env_step_is_four_dream_steps(latent):
-    """DreamEnv.step(chunk) executes the H actions in order, clipped and binarised, with the prior's draws and no others."""
+    """DreamEnv.step(chunk) executes the H actions in order, clipped and binarised, with the prior's draws
+    and no others."""
     cfg = tiny(wm_latent=latent)
     wm = world(cfg)
     env = dream(cfg, wm)
     env.reset()
-    now, chunk = env.state, torch.randn(6, 4, 7) * 2
+    now = env.state
+    chunk = torch.randn(6, 4, 7) * 2
     torch.manual_seed(4)
     final = env.step(chunk)[4]
     torch.manual_seed(4)
@@ -1109,7 +1322,8 @@ def test_env_step_is_four_dream_steps(latent):
 
 
 def test_dreams_start_from_recorded_frames(no_noise):
-    """A start is the posterior of one recorded frame from the zero state, with no action before it: what training's first step is."""
+    """A start is the posterior of one recorded frame from the zero state, with no action before it: what
+    training's first step is."""
     cfg = tiny()
     wm = world(cfg)
     env = dream(cfg, wm)
@@ -1125,7 +1339,8 @@ class Judge:
     """A classifier that says what the test wants, and remembers what it was asked."""
 
     def __init__(self):
-        self.verdict, self.asked = torch.zeros(6), []
+        self.verdict = torch.zeros(6)
+        self.asked = []
 
     def success(self, first, feature):
         self.asked.append((first, feature))
@@ -1133,21 +1348,27 @@ class Judge:
 
 
 def test_env_flags_and_restarts():
-    """Success ends a dream, the horizon cuts it, success at the horizon counts as success; an ended dream restarts, the others go on."""
-    cfg, judge = tiny(), Judge()
+    """Success ends a dream, the horizon cuts it, success at the horizon counts as success; an ended dream
+    restarts, the others go on."""
+    cfg = tiny()
+    judge = Judge()
     env = dream(cfg, world(cfg), judge, horizon=2)
     begin = env.reset()
     judge.verdict = torch.tensor([1.0, 0, 0, 0, 0, 0])
     f1, r1, term1, trunc1, final1 = env.step(torch.randn(6, 4, 7))
     assert r1.tolist() == [1, 0, 0, 0, 0, 0] and term1.tolist() == [True] + 5 * [False] and not trunc1.any()
-    assert torch.equal(f1[1:], final1[1:]) and (f1[0] - final1[0]).abs().max() > 1e-3       # the first begins anew
+    assert torch.equal(f1[1:], final1[1:]) and (f1[0] - final1[0]).abs().max() > 1e-3  # the first begins anew
     judge.verdict = torch.tensor([0, 1.0, 0, 0, 0, 0])
     f2, r2, term2, trunc2, final2 = env.step(torch.randn(6, 4, 7))
     assert term2.tolist() == [False, True] + 4 * [False]
-    assert trunc2.tolist() == [False, False] + 4 * [True]                                   # row 0 is one chunk old, row 1 succeeded in time
+    assert trunc2.tolist() == [False, False] + 4 * [True]    # row 0 is one chunk old, row 1 succeeded in time
     assert torch.equal(f2[0], final2[0]) and (f2[1:] - final2[1:]).abs().amax(1).min() > 1e-3
-    assert len(judge.asked) == 4 and torch.equal(judge.asked[0][0], begin) and torch.equal(judge.asked[1][1], final1)      # the last two frames of each chunk
-    assert torch.equal(judge.asked[3][0][0], f1[0]) and torch.equal(judge.asked[3][0][1:], begin[1:])   # each against its own first feature
+    # the last two frames of each chunk
+    assert len(judge.asked) == 4
+    assert torch.equal(judge.asked[0][0], begin)
+    assert torch.equal(judge.asked[1][1], final1)
+    # each against its own first feature
+    assert torch.equal(judge.asked[3][0][0], f1[0]) and torch.equal(judge.asked[3][0][1:], begin[1:])
     assert torch.equal(env.state["first"][1:], f2[1:]) and env.state["age"].tolist() == [1, 0, 0, 0, 0, 0]
     assert torch.equal(diwa.feature_of(env.state), f2)
 
@@ -1155,7 +1376,8 @@ def test_env_flags_and_restarts():
 def test_a_flicker_is_no_success():
     """The reward asks the last two frames of a chunk, and both must look like success."""
     cfg = tiny()
-    wm, first = world(cfg), torch.randn(6, diwa.WorldModel(cfg).feature_size)
+    wm = world(cfg)
+    first = torch.randn(6, diwa.WorldModel(cfg).feature_size)
     env = dream(cfg, wm)
     env.reset()
     seen = iter([torch.tensor([1.0, 1, 0, 0, 1, 1]), torch.tensor([1.0, 0, 1, 0, 1, 0])])
@@ -1165,83 +1387,129 @@ def test_a_flicker_is_no_success():
 
 
 def test_rollout_of_the_policy():
-    """dream_rollout stores what was true when it was sampled: features in order, log-probs of the chain, values of the true next feature."""
+    """dream_rollout stores what was true when it was sampled: features in order, log-probs of the chain,
+    values of the true next feature."""
     cfg = tiny()
     wm = world(cfg)
-    env, actor = dream(cfg, wm, Judge()), diwa.build_actor(cfg, wm.feature_size)
+    env = dream(cfg, wm, Judge())
+    actor = diwa.build_actor(cfg, wm.feature_size)
     critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
-    reset, begin = env.reset, []
-    env.reset = lambda: begin.append(reset()) or begin[0]
+    reset = env.reset
+    begin = []
+
+    def noted():
+        begin.append(reset())
+        return begin[0]
+
+    env.reset = noted
     roll = diwa.dream_rollout(cfg, env, actor, critic)
-    assert roll["feature"].shape == (5, 6, wm.feature_size) and roll["chain"].shape == (5, 6, 11, 4, 7) and roll["logprob"].shape == (5, 6, 10)
+    assert roll["feature"].shape == (5, 6, wm.feature_size)
+    assert roll["chain"].shape == (5, 6, 11, 4, 7)
+    assert roll["logprob"].shape == (5, 6, 10)
     assert len(begin) == 1 and torch.equal(roll["feature"][0], begin[0])
     assert roll["truncated"].any(1).tolist() == [False, False, True, False, False]          # horizon 3
     torch.testing.assert_close(roll["value"], critic(roll["feature"])[..., 0])
     going = ~(roll["truncated"] | roll["terminated"])[:-1]
     torch.testing.assert_close(roll["next_value"][:-1][going], roll["value"][1:][going])
-    assert (roll["next_value"][2] - roll["value"][3]).abs().min() > 0                       # across the cut they are different dreams
+    # across the cut they are different dreams
+    assert (roll["next_value"][2] - roll["value"][3]).abs().min() > 0
     with torch.no_grad():
-        torch.testing.assert_close(actor.chain_logprob(roll["feature"][3], roll["chain"][3]), roll["logprob"][3])
+        again = actor.chain_logprob(roll["feature"][3], roll["chain"][3])
+        torch.testing.assert_close(again, roll["logprob"][3])
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(wm_latent="categorical"), dict(bc_actor="gaussian"), dict(ft_steps=1), dict(ft_bc=0.0)])
+@pytest.mark.parametrize("kind", [
+    dict(),
+    dict(wm_latent="categorical"),
+    dict(bc_actor="gaussian"),
+    dict(ft_steps=1),
+    dict(ft_bc=0.0),
+])
 def test_fine_tuning_needs_no_simulator(kind, monkeypatch):
-    """With a simulator that cannot even be built, a PPO iteration in the dream runs; warm-up moves the critic alone."""
+    """With a simulator that cannot even be built, a PPO iteration in the dream runs; warm-up moves the
+    critic alone."""
     def refuse(*a, **k):
         raise AssertionError("fine-tuning started a simulator")
     monkeypatch.setattr(calvin_sim.Tabletop, "__init__", refuse)
     cfg = tiny(**kind)
     wm = world(cfg)
-    env, actor = dream(cfg, wm), diwa.build_actor(cfg, wm.feature_size)
-    critic, scaler = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False), diwa.RewardScaler()
-    optimizers, model = optimizers_for(actor, critic), weights(wm)
+    env = dream(cfg, wm)
+    actor = diwa.build_actor(cfg, wm.feature_size)
+    critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
+    scaler = diwa.RewardScaler()
+    optimizers = optimizers_for(actor, critic)
+    model = weights(wm)
     for train_actor in (False, True):
         before = [weights(m) for m in (actor.net, critic, actor.base)]
         metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor)
         after = [weights(m) for m in (actor.net, critic, actor.base)]
         assert [not torch.equal(a, b) for a, b in zip(before, after)] == [train_actor, True, False]
         assert all(v.isfinite() for v in metrics.values())
-    assert torch.equal(weights(wm), model)                                                  # the world model is frozen
+    assert torch.equal(weights(wm), model)                                         # the world model is frozen
 
 
 def test_dreams_that_have_not_ended_are_no_successes():
-    """Two of four dreams end in success, one in failure, one not at all within a short rollout: half of them succeeded."""
+    """Two of four dreams end in success, one in failure, one not at all within a short rollout: half of them
+    succeeded."""
     cfg = tiny(ft_chunks=2, ft_horizon=4, ft_dreams=4)
     wm = world(cfg)
-    env, actor = dream(cfg, wm), diwa.build_actor(cfg, wm.feature_size)
+    env = dream(cfg, wm)
+    actor = diwa.build_actor(cfg, wm.feature_size)
     critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
-    ends = iter([([1, 0, 0, 0], [0, 0, 1, 0]), ([0, 1, 1, 0], [0, 0, 0, 0])])               # the third fails, begins anew, and then succeeds
+    # the third fails, begins anew, and then succeeds
+    ends = iter([([1, 0, 0, 0], [0, 0, 1, 0]), ([0, 1, 1, 0], [0, 0, 0, 0])])
     def step(chunk):
         terminated, truncated = (torch.tensor(x, dtype=torch.bool) for x in next(ends))
         feature = torch.zeros(4, wm.feature_size)
         return feature, terminated.float(), terminated, truncated, feature
     env.step = step
-    metrics = diwa.ppo_iteration(cfg, env, actor, critic, diwa.RewardScaler(), optimizers_for(actor, critic), False)
+    optimizers = optimizers_for(actor, critic)
+    metrics = diwa.ppo_iteration(cfg, env, actor, critic, diwa.RewardScaler(), optimizers, False)
     assert metrics["dream_success"] == 0.5
 
 
 def test_iteration_bookkeeping(monkeypatch):
-    """What ppo_iteration hands on: restarts to the reward scaler, advantages of mean 0 and std 1, chains of the tuned and anchors of the frozen net."""
+    """What ppo_iteration hands on: restarts to the reward scaler, advantages of mean 0 and std 1, chains of
+    the tuned and anchors of the frozen net."""
     cfg = tiny(ft_epochs=1, ft_minibatches=1)
     wm = world(cfg)
-    env, actor = dream(cfg, wm, Judge()), diwa.build_actor(cfg, wm.feature_size)
-    actor.net, actor.base = Perfect(actor, -0.5), Perfect(actor, 0.5)
-    critic, scaler, seen = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False), diwa.RewardScaler(), {}
-    forward, loss = scaler.forward, diwa.ppo_loss
-    monkeypatch.setattr(scaler, "forward", lambda reward, over, gamma: seen.update(over=over, gamma=gamma) or forward(reward, over, gamma))
-    monkeypatch.setattr(diwa, "ppo_loss", lambda cfg, actor, critic, b: seen.update(b) or loss(cfg, actor, critic, b))
+    env = dream(cfg, wm, Judge())
+    actor = diwa.build_actor(cfg, wm.feature_size)
+    actor.net = Perfect(actor, -0.5)
+    actor.base = Perfect(actor, 0.5)
+    critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
+    scaler = diwa.RewardScaler()
+    seen = {}
+    forward = scaler.forward
+    loss = diwa.ppo_loss
+
+    def noted_forward(reward, over, gamma):
+        seen.update(over=over, gamma=gamma)
+        return forward(reward, over, gamma)
+
+    def noted_loss(cfg, actor, critic, b):
+        seen.update(b)
+        return loss(cfg, actor, critic, b)
+
+    monkeypatch.setattr(scaler, "forward", noted_forward)
+    monkeypatch.setattr(diwa, "ppo_loss", noted_loss)
     optimizers = dict(critic=torch.optim.AdamW(critic.parameters()))
     diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, False)
-    assert seen["over"].tolist() == [[False] * 6] * 2 + [[True] * 6] + [[False] * 6] * 2   # horizon 3, 5 chunks
+    # horizon 3, 5 chunks
+    assert seen["over"].tolist() == [[False] * 6] * 2 + [[True] * 6] + [[False] * 6] * 2
     assert seen["gamma"] == cfg.ft_gamma and len(seen["advantage"]) == 30
-    assert seen["advantage"].mean().abs() < 1e-5 and seen["advantage"].std().item() == pytest.approx(1, abs=1e-3)
-    assert seen["chain"][:, -1].mean().item() == pytest.approx(-0.5, abs=0.05) and seen["anchor"][:, -1].mean().item() == pytest.approx(0.5, abs=0.05)
+    assert seen["advantage"].mean().abs() < 1e-5
+    assert seen["advantage"].std().item() == pytest.approx(1, abs=1e-3)
+    assert seen["chain"][:, -1].mean().item() == pytest.approx(-0.5, abs=0.05)
+    assert seen["anchor"][:, -1].mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_ppo_learns_a_bandit():
-    """End to end: rewarded for a positive first action, the policy makes it more often after a few dozen updates."""
+    """End to end: rewarded for a positive first action, the policy makes it more often after a few dozen
+    updates."""
     cfg = tiny(ft_steps=3, bc_steps=5, ft_bc=0.0, ft_clip=0.1, ft_clip_first=0.02)
-    actor, critic = diwa.build_actor(cfg, FEATURE), zero_critic()
+    actor = diwa.build_actor(cfg, FEATURE)
+    critic = zero_critic()
     feature = torch.zeros(128, FEATURE)
     before = actor.act(feature)[:, 0, 0].mean().item()
     optimizer = torch.optim.AdamW(actor.net.parameters(), lr=1e-3)
@@ -1249,7 +1517,9 @@ def test_ppo_learns_a_bandit():
         chain = actor.sample_chain(feature)
         gain = chain[:, -1, 0, 0]
         with torch.no_grad():
-            b = dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain), advantage=(gain - gain.mean()) / gain.std(), **{"return": gain})
+            b = dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain))
+            b["advantage"] = (gain - gain.mean()) / gain.std()
+            b["return"] = gain
         for _ in range(4):
             loss, _ = diwa.ppo_loss(cfg, actor, critic, b)
             optimizer.zero_grad()
@@ -1258,7 +1528,7 @@ def test_ppo_learns_a_bandit():
     assert actor.act(feature)[:, 0, 0].mean().item() > before + 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Any device: on `meta` a tensor that was made on the wrong device, or a look at a value, is an error
 
 def observations(cfg, B=2, T=6):
@@ -1268,7 +1538,8 @@ def observations(cfg, B=2, T=6):
     if cfg.wm_encoder == "linear":
         batch["codes"] = torch.randn(B, T, cfg.wm_codes + cfg.wm_codes // 2)
     else:
-        batch |= {k: torch.randint(0, 256, (B, T, 64, 64, 3), dtype=torch.uint8) for k in ("rgb_static", "rgb_gripper")}
+        for key in ("rgb_static", "rgb_gripper"):
+            batch[key] = torch.randint(0, 256, (B, T, 64, 64, 3), dtype=torch.uint8)
     return {k: v.to(cfg.device) for k, v in batch.items()}
 
 
@@ -1284,7 +1555,12 @@ def test_meta_would_notice():
 
 @pytest.mark.parametrize("encoder", ["linear", "conv"])
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
-@pytest.mark.parametrize("changes", [dict(), dict(wm_open=0.0, wm_proprio=0.0), dict(wm_decode=0.5, wm_free=1.0), dict(wm_stride=2)])
+@pytest.mark.parametrize("changes", [
+    dict(),
+    dict(wm_open=0.0, wm_proprio=0.0),
+    dict(wm_decode=0.5, wm_free=1.0),
+    dict(wm_stride=2),
+])
 def test_world_model_runs_on_any_device(encoder, latent, changes):
     """The training step of the world model makes its tensors where its inputs are."""
     cfg = tiny(device="meta", wm_encoder=encoder, wm_latent=latent, **changes)
@@ -1297,13 +1573,25 @@ def test_world_model_runs_on_any_device(encoder, latent, changes):
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
-@pytest.mark.parametrize("kind", [dict(), dict(bc_net="unet"), dict(bc_actor="gaussian"), dict(ft_steps=1), dict(ft_steps=3), dict(wm_proprio=0.0), dict(wm_stride=2)])
+@pytest.mark.parametrize("kind", [
+    dict(),
+    dict(bc_net="unet"),
+    dict(bc_actor="gaussian"),
+    dict(ft_steps=1),
+    dict(ft_steps=3),
+    dict(wm_proprio=0.0),
+    dict(wm_stride=2),
+])
 def test_fine_tuning_runs_on_any_device(latent, kind):
-    """Dream, policy, reward scaling, GAE and PPO make their tensors where the dream is, and never look at a value."""
-    cfg = tiny(**{**dict(device="meta", wm_latent=latent, bc_steps=3, ft_steps=2, ft_chunks=2, ft_epochs=1), **kind})
+    """Dream, policy, reward scaling, GAE and PPO make their tensors where the dream is, and never look at a
+    value."""
+    settings = dict(device="meta", wm_latent=latent, bc_steps=3, ft_steps=2, ft_chunks=2, ft_epochs=1)
+    cfg = tiny(**{**settings, **kind})
     wm = world(cfg)
-    env, actor = dream(cfg, wm), diwa.build_actor(cfg, wm.feature_size)
-    critic, scaler = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False).to("meta"), diwa.RewardScaler().to("meta")
+    env = dream(cfg, wm)
+    actor = diwa.build_actor(cfg, wm.feature_size)
+    critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False).to("meta")
+    scaler = diwa.RewardScaler().to("meta")
     metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers_for(actor, critic), True)
     feature = env.reset()
     assert feature.is_meta and all(v.is_meta for v in metrics.values())
@@ -1315,20 +1603,26 @@ def test_fine_tuning_runs_on_any_device(latent, kind):
 
 
 def test_cloning_stops_just_after_success(monkeypatch):
-    """What a demonstration holds beyond four frames after its success is neither cloned nor called success."""
+    """What a demonstration holds beyond four frames after its success is neither cloned nor called
+    success."""
     from types import SimpleNamespace
     scene = np.zeros((60, 24), np.float32)
-    scene[:, calvin_sim.DRAWER] = np.r_[np.full(20, 0.2), np.zeros(20), np.full(20, 0.2)]   # closes at frame 20; the second never closes
+    # closes at frame 20; the second never closes
+    scene[:, calvin_sim.DRAWER] = np.r_[np.full(20, 0.2), np.zeros(20), np.full(20, 0.2)]
     class MadeUp(SimpleNamespace):
-        has_rule, success = data.Recording.has_rule, data.Recording.success
-    made_up = MadeUp(scene=scene, ds=SimpleNamespace(segments=[("close_drawer", 0, 39), ("close_drawer", 40, 59)], has_scene=True))
+        has_rule = data.Recording.has_rule
+        success = data.Recording.success
+
+    segments = [("close_drawer", 0, 39), ("close_drawer", 40, 59)]
+    made_up = MadeUp(scene=scene, ds=SimpleNamespace(segments=segments, has_scene=True))
 
     def views(wm, recording, starts, length, last):
         frames = np.minimum(starts[:, None] + np.arange(length), last[:, None])
         return torch.zeros(*frames.shape, 2), torch.ones(*frames.shape, 2), frames
     monkeypatch.setattr(diwa, "views", views)
     feature, first, frame, start = diwa.demonstration_views(tiny(task="close_drawer"), None, made_up)
-    assert set(frame) == {*range(25), *range(40, 60)} and len(feature) == len(first) == len(frame) == len(start)
+    assert set(frame) == {*range(25), *range(40, 60)}
+    assert len(feature) == len(first) == len(frame) == len(start)
     assert all(s <= f and (f < 40) == (s < 40) for s, f in zip(start, frame))
 
 
@@ -1337,19 +1631,23 @@ def test_classifier_runs_on_any_device():
     cfg = tiny(device="meta")
     model = diwa.Classifier(cfg, FEATURE).to("meta")
     first, feature = torch.randn(2, 8, FEATURE, device="meta")
-    label, weight = torch.zeros(8, dtype=torch.long, device="meta"), torch.ones(8, device="meta")
+    label = torch.zeros(8, dtype=torch.long, device="meta")
+    weight = torch.ones(8, device="meta")
     loss, metrics = diwa.classifier_loss(model, first, feature, label, weight, cfg)
     assert loss.is_meta and all(m.is_meta for m in metrics.values()) and model.success(first, feature).is_meta
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training sanity
 
 def test_cloning_keeps_both_modes():
-    """Demonstrations that go either left or right: the loss falls, samples land on both modes and hardly between, which no mean can do."""
+    """Demonstrations that go either left or right: the loss falls, samples land on both modes and hardly
+    between, which no mean can do."""
     cfg = tiny(bc_hidden=128)
     actor = diwa.build_actor(cfg, FEATURE)
-    optimizer, losses, feature = torch.optim.AdamW(actor.net.parameters(), lr=1e-2, betas=(0.9, 0.99)), [], torch.zeros(256, FEATURE)
+    optimizer = torch.optim.AdamW(actor.net.parameters(), lr=1e-2, betas=(0.9, 0.99))
+    losses = []
+    feature = torch.zeros(256, FEATURE)
     for i in range(700):
         diwa.cosine_lr(optimizer, 1e-2, i, 700, warmup=30, floor=0.02)
         chunk = 0.5 * torch.randint(0, 2, (256, 1, 1)).mul(2).sub(1).expand(256, 4, 7).float()
@@ -1368,7 +1666,9 @@ def test_cloning_keeps_both_modes():
 def test_world_model_learns_a_moving_dot(latent):
     """The loss, watched and dreamed, falls over a few updates on a recording that is predictable."""
     cfg, wm, dataset, rec = recorded(wm_latent=latent, wm_decode=1.0)
-    optimizer, rng, history = torch.optim.AdamW(wm.parameters(), lr=3e-3), np.random.default_rng(0), []
+    optimizer = torch.optim.AdamW(wm.parameters(), lr=3e-3)
+    rng = np.random.default_rng(0)
+    history = []
     for i in range(60):
         start = rng.integers(20, 34, 8)[:, None]
         loss, metrics = diwa.world_model_loss(wm, rec.batch(start + np.arange(10)), cfg)
