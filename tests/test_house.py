@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p.relative_to(ROOT) for p in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tests/*.py")])
 UNFINISHED = {  # still to be brought into 110 columns and one statement a line; this list only ever gets shorter
-    "tests/bench.py", "tests/fidelity.py", "tests/stress.py", "tests/test_data.py", "tests/test_faults.py",
-    "tests/test_fingerprint.py", "tests/test_house.py", "tests/test_method.py", "tests/test_real.py",
+    "tests/bench.py", "tests/fidelity.py", "tests/stress.py", "tests/test_faults.py",
+    "tests/test_fingerprint.py", "tests/test_house.py", "tests/test_real.py",
     "tests/test_report.py", "tests/test_run.py", "tests/test_sim.py"}
 FINISHED = [p for p in FILES if p.as_posix() not in UNFINISHED]
 MODULES = {p.with_suffix("").as_posix().replace("/", "."): p for p in FILES if p.parts[0] != "tests"}
