@@ -751,10 +751,11 @@ def check_config(cfg):
     if cfg.sim == "calvin":
         calvin_real.import_calvin_env(cfg.calvin_root)      # now, not after hours of training
     given = check_data(cfg) if cfg.data else None
-    if given and cfg.task not in [*tasks_of(cfg), "all"]:
+    tasks = tasks_of(cfg)
+    if given and cfg.task not in [*tasks, "all"]:
         raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: "
-                         f"choose --task {', '.join(tasks_of(cfg))}, or all")
-    known(cfg.task, [*tasks_of(cfg), "all"], "task")
+                         f"choose --task {', '.join(tasks)}, or all")
+    known(cfg.task, [*tasks, "all"], "task")
     if cfg.policy and (cfg.stage != "eval" or cfg.sim == "none"):
         raise InputError(f"--policy {cfg.policy} is for --stage eval in a simulator: "
                          f"give --stage eval --policy {cfg.policy}")
@@ -961,7 +962,6 @@ def command_line(argv, config, presets, stage_work, title):
         print("diwa: a script calls diwa.main() while it is being imported by a worker process: "
               "put that call under 'if __name__ == \"__main__\":'", file=sys.stderr)
         sys.exit(2)
-    definitions()                         # the code as it is now: an editor may change it during the run
     try:
         epilog = f"tasks: {', '.join(calvin_sim.TASKS)}"
         run(check_config(parse(argv, config, presets, title, epilog)), stage_work)
@@ -992,6 +992,7 @@ def called_by_a_worker():
 
 def run(cfg, stage_work):
     """The stages of --stage for the tasks of --task, one after the other."""
+    definitions()                         # the code as it is now: an editor may change it during the run
     stages = [*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]
     tasks = tasks_of(cfg) if cfg.task == "all" else [cfg.task]
     for task in tasks:
