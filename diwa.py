@@ -56,7 +56,7 @@ from support import evaluate, report
 from support.files import InputError
 from support.linear_codec import LinearCodec
 from support.runs import (Snapshots, command_line, cosine_lr, first_seed, load, load_judges, output,
-                          pack_recorded, record, restore, save_result, seed_everything, train,
+                          pack_recorded, record, restore, save_result, seed_everything, Updates,
                           use_given_demos, use_given_play)
 
 ACTION = 7                          # numbers of an action, and of a command
@@ -1222,14 +1222,14 @@ def stage_wm(cfg):
     window = np.arange(cfg.wm_length) * cfg.wm_stride
     starts = window_starts(episodes, window[-1] + 1)
 
-    def update(i, rng):
+    updates = Updates(cfg, "wm", cfg.wm_updates, state)
+    for i, rng in updates:
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
         first = rng.choice(starts, cfg.wm_batch)
         loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + window), cfg)
         metrics["norm"] = descend(optimizer, loss, cfg.wm_clip)
-        return metrics
+        updates.log(metrics)
 
-    train(cfg, "wm", cfg.wm_updates, state, update)
     wm.eval().requires_grad_(False)
     judged = report.judge_world_model(recording, judging_demonstrations(cfg, wm), partial(views, wm),
                                       dataset.judging_length(JUDGED), seed_everything(cfg.seed, "judge"))
@@ -1256,15 +1256,15 @@ def stage_bc(cfg):
     actor = build_actor(cfg, wm.feature_size)
     optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.bc_lr, weight_decay=1e-6)
 
-    def update(i, rng):
+    updates = Updates(cfg, "bc", cfg.bc_updates, dict(actor=actor, optimizer=optimizer), every=50)
+    for i, _ in updates:
         cosine_lr(optimizer, cfg.bc_lr, i, cfg.bc_updates)
         index = torch.randint(0, len(feature), (cfg.bc_batch,), device=cfg.device)
         loss = actor.bc_loss(feature[index], chunks[frame[index]])
         descend(optimizer, loss)
         ema_update(actor.base, actor.net, cfg.bc_ema, i)
-        return dict(loss=loss)
+        updates.log(dict(loss=loss))
 
-    train(cfg, "bc", cfg.bc_updates, dict(actor=actor, optimizer=optimizer), update, every=50)
     # The moving average acts, and fine-tuning starts there: net learns on, base stays frozen
     actor.net.load_state_dict(actor.base.state_dict())
     save_result(cfg, "bc", actor=actor.state_dict())
@@ -1324,7 +1324,9 @@ def stage_reward(cfg):
     rounds = [cfg.reward_updates * (k + 1) // (cfg.reward_rounds + 1) for k in range(cfg.reward_rounds)]
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
 
-    def update(i, rng):
+    state = dict(model=model, optimizer=optimizer, pairs=pairs)
+    updates = Updates(cfg, "reward", cfg.reward_updates, state, every=50)
+    for i, _ in updates:
         if i in rounds:
             seen, dreamed, moments = windows
             with torch.no_grad():
@@ -1342,10 +1344,7 @@ def stage_reward(cfg):
         weight = torch.where(kind >= UNLABELLED, cfg.reward_play, 1.0)
         loss, metrics = classifier_loss(model, first[index], feature[index], kind % 2, weight, cfg)
         descend(optimizer, loss)
-        return metrics
-
-    state = dict(model=model, optimizer=optimizer, pairs=pairs)
-    train(cfg, "reward", cfg.reward_updates, state, update, every=50)
+        updates.log(metrics)
 
     @torch.no_grad()
     def verdict(feature):
@@ -1404,16 +1403,14 @@ def finetune(cfg, env, actor):
     optimizers = dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr),
                       critic=torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr))
     snapshots = Snapshots()
-
-    def update(i, rng):
-        metrics = ppo_iteration(cfg, env, actor, critic, scaler, optimizers, i >= cfg.ft_warmup)
-        if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == cfg.ft_iterations:
-            snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
-        return metrics
-
     state = dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots,
                  actor_optimizer=optimizers["actor"], critic_optimizer=optimizers["critic"])
-    train(cfg, "finetune", cfg.ft_iterations, state, update, every=1)
+    updates = Updates(cfg, "finetune", cfg.ft_iterations, state, every=1)
+    for i, _ in updates:
+        updates.log(ppo_iteration(cfg, env, actor, critic, scaler, optimizers, i >= cfg.ft_warmup))
+        if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == cfg.ft_iterations:
+            snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
+
     save_result(cfg, "finetune", actor=actor.state_dict(), snapshots=dict(snapshots))
 
 def load_networks(cfg, policy):

@@ -370,7 +370,7 @@ def partial_path(cfg, stage):
 
 
 def restore(cfg, stage, state):
-    """Put what a killed run had saved back into state, as train() takes it.
+    """Put what a killed run had saved back into state, as Updates takes it.
 
     -> the number of updates that it had done, 0 if there is nothing"""
     partial = partial_path(cfg, stage)
@@ -398,43 +398,62 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
         group["lr"] = peak * rise * fall
 
 
-def train(cfg, stage, total, state, update, every=20):
-    """Run update(i, rng) for i = 0..total-1; it returns a dict of 0-d tensors.
+class Updates:
+    """The updates of a stage, and around them what no paper mentions: resuming, the log, progress, NaNs.
 
-    -> path of the partial checkpoint, to be deleted
+        updates = Updates(cfg, "wm", total, state)
+        for i, rng in updates:
+            ...                                             # one gradient step, numpy's random numbers from rng
+            updates.log(metrics)                            # {name: 0-d tensor}
+
     state: {name: object with state_dict}, saved every SAVE_EVERY seconds and restored when the program was
     killed.  Update i draws its random numbers from (seed, stage, task, i), so a resumed run ends as if
     nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
-    partial = partial_path(cfg, stage)
-    key = (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
-    saved = time.time()
-    pending = []
-    if done := restore(cfg, stage, state):
-        print(f"  {stage} resumes at {done:,} of {total:,}")
-    log = Log(cfg, stage, done)
-    progress = Progress(stage, total, done)
-    for i in range(done, total):
-        rng = seed_everything(*key, i)
-        pending.append(update(i, rng))
-        if (i + 1) % every and i + 1 < total:
-            continue
+
+    def __init__(self, cfg, stage, total, state, every=20):
+        self.cfg = cfg
+        self.stage = stage
+        self.total = total
+        self.state = state
+        self.every = every
+        self.pending = []
+        self.log = self.pending.append
+
+    def __iter__(self):
+        cfg, stage, total = self.cfg, self.stage, self.total
+        key = (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
+        saved = time.time()
+        if done := restore(cfg, stage, self.state):
+            print(f"  {stage} resumes at {done:,} of {total:,}")
+        write = Log(cfg, stage, done)
+        progress = Progress(stage, total, done)
+        for i in range(done, total):
+            yield i, seed_everything(*key, i)
+            if (i + 1) % self.every and i + 1 < total:
+                continue
+            metrics = self.mean_of_pending(i + 1)
+            write(i + 1, metrics)
+            progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
+            if time.time() - saved > SAVE_EVERY and i + 1 < total:
+                states = {name: thing.state_dict() for name, thing in self.state.items()}
+                save(partial_path(cfg, stage), dict(origin=origin(cfg, stage), done=i + 1, state=states))
+                saved = time.time()
+
+    def mean_of_pending(self, step):
+        """The metrics since the last look -> {name: their mean}; one that is not finite is an error."""
         metrics = {}
-        for name in pending[-1]:
-            values = [p[name].detach().float() for p in pending]
+        for name in self.pending[-1]:
+            values = [p[name].detach().float() for p in self.pending]
             metrics[name] = torch.stack(values).mean().item()
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise InputError(f"stage {stage}: the term '{name}' became {value} between steps "
-                                 f"{i + 2 - len(pending)} and {i + 1}; {partial} holds the last good state, "
+                raise InputError(f"stage {self.stage}: the term '{name}' became {value} between steps "
+                                 f"{step + 1 - len(self.pending)} and {step}; "
+                                 f"{partial_path(self.cfg, self.stage)} holds the last good state, "
                                  "if one was saved: try a smaller learning rate "
-                                 f"(--{STAGES[stage][0]}...lr, see --help) and run again")
-        pending = []
-        log(i + 1, metrics)
-        progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
-        if time.time() - saved > SAVE_EVERY and i + 1 < total:
-            states = {name: thing.state_dict() for name, thing in state.items()}
-            save(partial, dict(origin=origin(cfg, stage), done=i + 1, state=states))
-            saved = time.time()
+                                 f"(--{STAGES[self.stage][0]}...lr, see --help) and run again")
+        self.pending.clear()
+        return metrics
 
 
 class Snapshots(dict):
