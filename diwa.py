@@ -40,7 +40,6 @@ Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.
 """
 import copy
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -50,14 +49,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from calvin_sim import TASKS, advance_target
+from calvin_sim import advance_target
 from data import Recording, action_chunks, decode_pose, encode_command, encode_proprio, window_starts
 from support import evaluate, report
 from support.files import InputError
 from support.linear_codec import LinearCodec
-from support.runs import (Snapshots, command_line, cosine_lr, first_seed, load, load_judges, output,
-                          pack_recorded, record, restore, save_result, seed_everything, Updates,
-                          use_given_demos, use_given_play)
+from support.record import stage_demos, stage_play
+from support.runs import (Snapshots, Updates, command_line, cosine_lr, load, load_judges, output, restore,
+                          save_result, seed_everything)
 
 ACTION = 7                          # numbers of an action, and of a command
 POSE = 6                            # position and Euler angles of the tool
@@ -1162,32 +1161,6 @@ class Agent:
 # ============================================================================================================
 # 8  Stages.  Each reads earlier results, writes its own, and can be run alone.
 # ============================================================================================================
-
-def stage_play(cfg):
-    """Task-agnostic play for the world model, and demonstrations of all eight tasks that only ever judge."""
-    folder = output(cfg, "play")
-    if cfg.data:
-        return use_given_play(cfg, folder)
-    parts = folder.with_name("play.parts")
-    episodes = max(10, cfg.play_frames // cfg.play_episode)
-    wanted = {"play": (first_seed(cfg, "play"), episodes, cfg.play_episode)}
-    for task in TASKS:
-        wanted[task] = first_seed(cfg, "judges", task), cfg.play_replay, 0
-    good = record(cfg, parts, wanted)
-    if cfg.play_replay:
-        pack_recorded(cfg, "play", folder.with_name("replay"), {task: good[task] for task in TASKS})
-    pack_recorded(cfg, "play", folder, {"play": good["play"]})
-    shutil.rmtree(parts)
-
-def stage_demos(cfg):
-    """Demonstrations of the task by the scripted expert."""
-    folder = output(cfg, "demos")
-    if cfg.data:
-        return use_given_demos(cfg, folder)
-    parts = folder.with_name(folder.name + ".parts")
-    good = record(cfg, parts, {cfg.task: (first_seed(cfg, "demos", cfg.task), cfg.demo_count, 0)})
-    pack_recorded(cfg, "demos", folder, good)
-    shutil.rmtree(parts)
 
 def load_world_model(cfg):
     wm = WorldModel(cfg).to(cfg.device)

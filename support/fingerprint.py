@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = ("diwa", "calvin_sim", "data", "support.calvin_real", "support.evaluate", "support.expert",
           "support.linear_codec", "support.tabletop_model")
-PASSED = ("support.runs", "support.report", "support.files")     # read to find the way, but not counted
+PASSED = ("support.record", "support.runs", "support.report", "support.files")   # on the way, but not counted
 
 
 @functools.lru_cache(maxsize=None)
@@ -79,9 +79,11 @@ def mentions(node, known):
 
 @functools.lru_cache(maxsize=None)
 def code_of(stage):
-    """The code that the function stage_<stage> of diwa.py reaches -> {"module.name": checksum}"""
-    table, todo, reached = definitions(), [("diwa", f"stage_{stage}")], {}
+    """The code that the function stage_<stage> reaches -> {"module.name": checksum}"""
+    table = definitions()
+    todo = [key for key in table if key[1] == f"stage_{stage}"]
     seen = set(todo)
+    reached = {}
     while todo:
         module, name = key = todo.pop()
         number, mentioned = table[key]

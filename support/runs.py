@@ -34,9 +34,9 @@ import torch
 from filelock import FileLock, Timeout                      # comes with torch
 
 import calvin_sim
-from data import FIELDS, HELD_OUT, Dataset, frame_bytes, pack, save_part
-from support import calvin_real, expert, report
-from support.files import ELSEWHERE, InputError, free_space, replace_folder, write_atomic, writing
+from data import Dataset
+from support import calvin_real, report
+from support.files import ELSEWHERE, InputError, write_atomic, writing
 from support.fingerprint import code_of, definitions
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
@@ -635,7 +635,7 @@ def calm_torch_worker():
     torch.set_num_threads(1)
 
 
-# --- recording ----------------------------------------------------------------------------------------------
+# --- simulators ---------------------------------------------------------------------------------------------
 
 def sim_of(cfg):
     return dict(sim=cfg.sim, image_size=cfg.image_size, calvin_root=cfg.calvin_root)
@@ -645,81 +645,6 @@ def make_sim(sim, image_size, calvin_root):
     if sim == "tabletop":
         return calvin_sim.Tabletop(image_size)
     return calvin_real.RealCalvin(image_size, root=calvin_root)
-
-
-def record_job(job):
-    """One simulator process records one episode to a file, unless it is there already."""
-    path = Path(job["path"])
-    kind = job["kind"]
-    if not path.exists():
-        # one simulator a process
-        sim = record_job.__dict__.setdefault("sim", None) or make_sim(**job["sim"])
-        record_job.sim = sim
-        if kind == "play":
-            episode = expert.play_episode(sim, job["seed"], job["length"])
-            solved = True
-        else:
-            episode, solved = expert.demo_episode(sim, kind, job["seed"])
-        save_part(path, dict(episode, solved=np.array(solved)))
-    with np.load(path) as part:
-        return bool(part["solved"]), len(part["rel_actions"])
-
-
-def record(cfg, parts, wanted):
-    """Record wanted = {kind: (first seed, number of episodes, their length)}.
-
-    Episodes that the expert fails are replaced by the next seed's.
-    -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was
-    interrupted"""
-    with writing(parts):
-        parts.mkdir(parents=True, exist_ok=True)
-    announce_space(cfg, parts, sum(count * (length or DEMO_FRAMES) for _, count, length in wanted.values()))
-    good = {kind: [] for kind in wanted}
-    tried = dict.fromkeys(wanted, 0)
-    while any(len(good[kind]) < wanted[kind][1] for kind in wanted):
-        jobs = []
-        for kind, (first, count, length) in wanted.items():
-            missing = count - len(good[kind])
-            for seed in range(first + tried[kind], first + tried[kind] + missing):
-                path = str(parts / f"{kind}_{seed}.npz")
-                jobs.append(dict(path=path, kind=kind, seed=seed, length=length, sim=sim_of(cfg)))
-            tried[kind] += missing
-            if tried[kind] > 3 * count + 20:
-                raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts "
-                                 f"of {kind}: see 'python calvin_sim.py check'")
-        for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes")):
-            if solved:
-                good[job["kind"]].append((job["path"], frames))
-    return good
-
-
-DEMO_FRAMES = 75                  # of a demonstration, about: what disk space is reckoned with
-
-
-def announce_space(cfg, parts, frames):
-    """Say what a recording takes on the disk before it begins, and refuse when that is too small."""
-    keeps = frames * frame_bytes(cfg.image_size)
-    there = sum(p.stat().st_size for p in parts.glob("*.npz"))          # of a recording that was cut off
-    free = free_space(parts)
-    print(f"  about {frames:,} frames: {keeps / 1e9:.2f} GB to keep, twice that until they are packed "
-          f"({free / 1e9:.1f} GB are free)")
-    if free + there < 2 * keeps:
-        raise InputError(f"{parts.parent} needs {2 * keeps / 1e9:.2f} GB of disk space and "
-                         f"{(free + there) / 1e9:.2f} GB are free: "
-                         "free some, choose another --runs folder, or record less (--play_frames)")
-
-
-def pack_recorded(cfg, stage, folder, good):
-    """Pack what record() returned; every episode but play's is a segment of its task."""
-    meta = dict(
-        source="calvin_env" if cfg.sim == "calvin" else "built-in tabletop",
-        **origin(cfg, stage),
-        seed=cfg.seed,
-        renderer=RENDERERS[cfg.sim],
-        versions=versions(cfg),
-    )
-    segments = [(kind, 0, n - 1) for kind in good if kind != "play" for _, n in good[kind]]
-    pack([path for kind in good for path, _ in good[kind]], folder, meta, segments or None)
 
 
 # --- settings that cannot work ------------------------------------------------------------------------------
@@ -844,8 +769,6 @@ def tasks_of(cfg):
     return known_ones + [task for task in recorded if task not in known_ones and cfg.sim == "none"]
 
 
-# --- somebody else's recording: --data ----------------------------------------------------------------------
-
 def check_data(cfg):
     """The dataset of --data, if a run with these settings can use it."""
     given = Dataset(cfg.data)
@@ -857,118 +780,6 @@ def check_data(cfg):
         print(f"warning: {cfg.data} was rendered by '{renderer}' and --sim {cfg.sim} renders by "
               f"'{RENDERERS[cfg.sim]}': the policy will meet pictures that it was not trained on")
     return given
-
-
-def cut_episodes(episodes, length):
-    """Cut long episodes [E, 2] into even pieces of at most `length` frames.
-
-    So whole ones can be held out, even if the recording is a single one."""
-    cut = []
-    for a, b in episodes:
-        number = -(-(b - a + 1) // length)                  # rounded up
-        cut += [(piece[0], piece[-1]) for piece in np.array_split(np.arange(a, b + 1), number)]
-    return np.array(cut, np.int64)
-
-
-def cut_recording(cfg, given):
-    """Pieces of a recording -> episodes [E, 2]
-
-    They are --play_episode long or, of a small recording, so short that one of ten can be held out."""
-    def pieces(window):                                     # the longest that leave enough of them, if any do
-        for length in range(cfg.play_episode, window - 1, -1):
-            episodes = cut_episodes(given.episodes, length)
-            long_enough = episodes[:, 1] - episodes[:, 0] + 1 >= window
-            trained_on = np.arange(len(episodes)) % HELD_OUT < HELD_OUT - 1
-            if len(episodes) >= HELD_OUT and long_enough[trained_on].any():
-                return episodes
-
-    for wm_length in range(cfg.wm_length, 1, -1):
-        episodes = pieces((wm_length - 1) * cfg.wm_stride + 1)
-        if episodes is None:
-            continue
-        if wm_length == cfg.wm_length:
-            return episodes
-        raise InputError(f"{cfg.data} has {len(given)} frames, too few for ten pieces as long as "
-                         f"--wm_length {cfg.wm_length} asks for (one of them is held out): "
-                         f"give --wm_length {wm_length}, or record more")
-    raise InputError(f"{cfg.data} has {len(given)} frames in {len(given.episodes)} episodes, "
-                     "too few to train on and to hold out: record more")
-
-
-def held_out(segments, play):
-    """Which of the segments lie in episodes of the play that the world model is not trained on?
-
-    -> list of bool"""
-    _, unseen = play.split()
-    return [any(a <= first and last <= b for a, b in unseen) for _, first, last in segments]
-
-
-def use_given_play(cfg, folder):
-    """The dataset of --data as play: an index into its frames.
-
-    And what was held out of it as the demonstrations that judge."""
-    given = check_data(cfg)
-    episodes = cut_recording(cfg, given)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with writing(folder):
-        temporary.mkdir(parents=True)
-        np.save(temporary / "ep_start_end_ids.npy", episodes)
-        meta = dict(given.meta, frames_in=str(given.path.absolute()), **origin(cfg, "play"))
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    judges = []
-    seen_before = []
-    unseen = dict(zip(given.segments, held_out(given.segments, Dataset(temporary))))
-    for task in dict.fromkeys(task for task, _, _ in given.segments):
-        every = [s for s in given.segments if s[0] == task]
-        mine = [s for s in every if unseen[s]]
-        if not mine:
-            print(f"warning: no segment of {task} was held out of {cfg.data}: "
-                  "it is judged on ones that were trained on")
-            seen_before.append(task)
-        judges += (mine or every)[:cfg.play_replay]
-    pack_segments(cfg, "play", folder.with_name("replay"), judges, trained_on=seen_before)
-    replace_folder(temporary, folder)
-
-
-def use_given_demos(cfg, folder):
-    """Up to demo_count segments of the task in the dataset of --data.
-
-    Those that judge are cloned only if there are no others."""
-    given = check_data(cfg)
-    mine = [s for s in given.segments if s[0] == cfg.task and s[2] - s[1] >= SHORTEST]
-    if not mine:
-        raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone, of more than {SHORTEST} "
-                         f"frames: 'python data.py inspect {cfg.data}' lists those it has")
-    unseen = held_out(mine, load(cfg, "play"))
-    segments = [s for s, judges in zip(mine, unseen) if not judges] or mine
-    segments = segments[:cfg.demo_count]
-    print(f"  {len(segments)} demonstrations of {cfg.task} in {cfg.data}")
-    pack_segments(cfg, "demos", folder, segments)
-
-
-SHORTEST = 8                                                # frames of a segment that can teach anything
-
-
-def pack_segments(cfg, stage, folder, segments, **more):
-    """Copy segments [(task, first, last)] of the dataset of --data into one of their own, an episode each.
-
-    None, no dataset."""
-    given = Dataset(cfg.data)
-    parts = folder.with_name(folder.name + ".parts")
-    shutil.rmtree(folder, ignore_errors=True)
-    if not segments:
-        return
-    paths = []
-    placed = []
-    for i, (task, a, b) in enumerate(segments):
-        paths.append(parts / f"{i}.npz")
-        placed.append((task, 0, b - a))
-        save_part(paths[-1], {key: given[key][a:b + 1] for key in FIELDS})
-    meta = {key: given.meta.get(key) for key in ("source", "renderer")}
-    meta = dict(meta, **more, **origin(cfg, stage), versions=versions(cfg))
-    pack(paths, folder, meta, placed)
-    shutil.rmtree(parts)
 
 
 # --- the command line ---------------------------------------------------------------------------------------
