@@ -181,8 +181,8 @@ class Dataset:
                              f"{HELD_OUT}: record more play")
         return self.episodes[~test], self.episodes[test]
 
-    def judging_length(self, most):
-        """Frames of the windows that judge: `most`, or the longest that both kinds of episodes have."""
+    def window_length(self, most=73):
+        """Frames of a window as long as an evaluation, or the longest that both kinds of episodes have."""
         return min(most, *((part[:, 1] - part[:, 0]).max() + 1 for part in self.split()))
 
 
@@ -304,8 +304,8 @@ class Recording:
         actions = np.array(dataset["rel_actions"])
         # CALVIN's own recordings hold the measured motion, not the command: how far the target led the arm is
         # unknown
-        self.lead = dataset.meta.get("source") != "calvin"
-        target = commanded_targets(robot, actions, dataset.episodes, self.lead)          # [N, 6]
+        self.keeps_target = dataset.meta.get("source") != "calvin"
+        target = commanded_targets(robot, actions, dataset.episodes, self.keeps_target)          # [N, 6]
         # the action executed before the frame
         before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])
         first = dataset.episodes[:, 0]
@@ -372,11 +372,11 @@ class Recording:
         return out
 
 
-def commanded_targets(robot_obs, actions, episodes, lead=True):
+def commanded_targets(robot_obs, actions, episodes, keep=True):
     """Integrate the commands exactly as the simulator does.  -> [N, 6] f32
 
     target[t+1] = advance(target[t], action[t], measured tcp[t]).
-    Without `lead` it is advance(tcp[t], action[t], tcp[t]).
+    Without `keep` it is advance(tcp[t], action[t], tcp[t]).
     All episodes advance together, one time step a loop."""
     target = np.zeros((len(robot_obs), 6), np.float32)
     first = episodes[:, 0]
@@ -384,7 +384,7 @@ def commanded_targets(robot_obs, actions, episodes, lead=True):
     target[first] = robot_obs[first, :6]
     for t in range(lengths.max() - 1):
         now = first[lengths > t + 1] + t
-        target[now + 1] = advance_target(target[now], actions[now], robot_obs[now, :6], lead)
+        target[now + 1] = advance_target(target[now], actions[now], robot_obs[now, :6], keep)
     return target
 
 

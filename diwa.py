@@ -24,17 +24,15 @@ One action, 30 a second = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad),
 
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line)
     - dreams start from *recorded* frames, also amid attempts; the official code resets the simulator;
-    - practice is short, at ten times the learning rate: a fixed number of iterations, because dreams cannot
-      tell when practice begins to exploit them;
+    - practice is short, at ten times the learning rate: dreams cannot tell when it begins to exploit them;
     - one step of the world model spans two control steps: half as many guesses for the same future;
-    - the transition is told the commanded pose c and sines of it, because CALVIN's arm chases a target to
-      which each action adds;
+    - the transition is told the commanded pose c and sines of it: CALVIN's arm chases a target to which each
+      action adds;
     - each dream misplaces the arm by a few millimetres, so that the policy keeps a margin, and success must
       show in two steps of the model running;
-    - the preset `cpu` learns on linear codes of the frames and Gaussian latents, `gpu` and `paper` on
-      convolutions and categoricals;
-    - the prior is also trained open loop, because that is how it is used in a dream, and with noisy inputs,
-      or it learns the play by heart;
+    - the preset `cpu` learns on linear codes of the frames and Gaussian latents, not on convolutions and
+      categoricals (`gpu`, `paper`);
+    - the prior is also trained open loop, as it is used in a dream, and with noisy inputs;
     - the classifier compares the current feature with the first one, because CALVIN's task rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
 """
@@ -42,7 +40,6 @@ import copy
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -55,8 +52,8 @@ from support import evaluate, report
 from support.files import InputError
 from support.linear_codec import LinearCodec
 from support.record import stage_demos, stage_play
-from support.runs import (Snapshots, Updates, command_line, cosine_lr, load, load_judges, output, restore,
-                          save_result, seed_everything)
+from support.runs import (Snapshots, Updates, command_line, cosine_lr, heldout_recording, load, output,
+                          policy_weights, restore, save_result, seed_everything)
 
 ACTION = 7                          # numbers of an action, and of a command
 POSE = 6                            # position and Euler angles of the tool
@@ -64,10 +61,8 @@ PROPRIO = 15                        # CALVIN's robot_obs: pose, gripper width, j
 TIME = 16                           # size of a denoising step's embedding
 
 # ============================================================================================================
-# 1  Config.  Every setting of the program, once.  A field's prefix says which stage it belongs to, and a
-# stage is redone
-#    when one of its own fields, or one of the stages it reads from, has changed.  Presets are differences to
-#    the defaults.
+# 1  Config.  Every setting of the program, once.  A field's prefix names its stage, which is done again when
+#    one of its fields, or of the stages it reads from, has changed.  Presets are differences to the defaults.
 # ============================================================================================================
 
 @dataclass
@@ -141,7 +136,6 @@ class Config:
     reward_tau: float = 0.5         # NT-Xent temperature (paper: 0.5)
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
     reward_play: float = 0.5        # weight of an unlabelled play pair in the cross-entropy
-    reward_rounds: int = 0          # times that play after a recognised success becomes a success, too
     # ft: PPO in the dream, sections 5 and 6
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
@@ -190,8 +184,7 @@ PRESETS = {
 
 # ============================================================================================================
 # 2  World model.  A recurrent state-space model (DreamerV2, eq. 1): it watches both cameras and the robot's
-#    own pose, keeps a deterministic memory h and a stochastic guess z, and learns to foresee z before it sees
-#    the frame.
+#    own pose, keeps a deterministic memory h and a stochastic guess z, and learns to foresee z unseen.
 #
 #        h_t  = GRU(h_{t-1}, [z_{t-1}, a_{t-1}, c_t])  what has happened
 #        z^_t ~ prior(h_t)                             what the frame should look like    <- dreams use this
@@ -213,8 +206,7 @@ def mlp(sizes, activation=nn.ELU, norm=True):
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 class NormGRU(nn.Module):
-    """A GRU cell with LayerNorm on the gates' pre-activations and an update bias of -1: by default it
-    remembers (DreamerV2)."""
+    """A GRU cell with LayerNorm on its gates and an update bias of -1: at first it remembers (DreamerV2)."""
 
     def __init__(self, inputs, size):
         super().__init__()
@@ -229,8 +221,7 @@ class NormGRU(nn.Module):
 # Frames reach the model through LinearCodec (principal components, support/linear_codec.py) or through these
 
 def half_precision(x):
-    """Convolutions in bfloat16 where the GPU has it (2020 and later): most of the conv presets' time is
-    theirs."""
+    """Convolutions in bfloat16 where the GPU has it: most of the conv presets' time is theirs."""
     able = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 8
     return torch.autocast("cuda", torch.bfloat16, enabled=able)
 
@@ -293,8 +284,7 @@ def stats_size(cfg):
     return cfg.wm_z * cfg.wm_classes if cfg.wm_latent == "categorical" else 2 * cfg.wm_z
 
 def log_probs(stats, cfg):
-    """Categorical logits [..., Z * C] -> log-probabilities [..., Z, C], a little uniform mixed in
-    (DreamerV3)."""
+    """Logits [..., Z * C] -> log-probabilities [..., Z, C], a little uniform mixed in (DreamerV3)."""
     logits = stats.float().unflatten(-1, (-1, cfg.wm_classes)).log_softmax(-1)
     if not cfg.wm_unimix:
         return logits
@@ -306,8 +296,7 @@ def mean_std(stats):
     return mean, F.softplus(raw) + 0.1
 
 def sample_latent(stats, cfg):
-    """stats -> z [..., latent size], differentiable: reparametrised, or straight-through: sample + p -
-    stop(p)."""
+    """stats -> z [..., latent size], differentiable: reparametrised, or straight-through, z + p - stop(p)."""
     if cfg.wm_latent == "gaussian":
         mean, std = mean_std(stats)
         return mean + std * torch.randn_like(std)
@@ -328,8 +317,7 @@ def kl_divergence(p, q, cfg):
     return (a.exp() * (a - b)).sum((-1, -2))
 
 def balanced_kl(post, prior, cfg):
-    """DreamerV2, algorithm 2: move the prior towards the posterior faster than the posterior towards the
-    prior."""
+    """DreamerV2, algorithm 2: the prior moves towards the posterior faster than the other way round."""
     to_prior = kl_divergence(post.detach(), prior, cfg).clamp(min=cfg.wm_free)
     to_post = kl_divergence(post, prior.detach(), cfg).clamp(min=cfg.wm_free)
     return cfg.wm_balance * to_prior + (1 - cfg.wm_balance) * to_post
@@ -362,14 +350,11 @@ class WorldModel(nn.Module):
         else:
             self.decoder = mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
         self.pose_head = mlp([self.feature_size, e, PROPRIO])
-        # Found in the recording: an action is added to the old target (1), or to where the arm is by then
-        # (0). Dream and agent integrate commands by it
-        self.register_buffer("lead", torch.ones(()))
+        # Found in the recording: an action is added to the old target (1), or to where the arm is by then (0)
+        self.register_buffer("keeps_target", torch.ones(()))
 
     def embed(self, obs):
-        """obs: proprio [..., 15], and codes [..., k] or both frames u8 [..., S, S, 3] -> embedding [..., E].
-
-        Its last 15 numbers are the proprioception."""
+        """obs: proprio [..., 15], and codes [..., k] or both frames u8 [..., S, S, 3] -> [..., E]"""
         if self.codec:
             codes = obs.get("codes")
             if codes is None:
@@ -380,8 +365,7 @@ class WorldModel(nn.Module):
         return torch.cat([self.fuse(seen), obs["proprio"]], -1)
 
     def blur(self, x, scale=1):
-        """Noise while learning: pass after pass over the same play would teach its sequences by heart, and
-        contact only where it was recorded."""
+        """Noise while learning, or pass after pass the model learns the play by heart."""
         if not (self.training and self.cfg.wm_noise):
             return x
         return x + scale * self.cfg.wm_noise * torch.randn_like(x)
@@ -392,21 +376,18 @@ class WorldModel(nn.Module):
         return h, torch.zeros(batch, latent_size(self.cfg), device=device)
 
     def step(self, h, z, action, command):
-        """One transition: memory [B, h] after the actions [B, stride * 7] were given, and the arm's target
-        went through the commands [B, stride * 7]."""
+        """The memory [B, h] after actions [B, stride * 7] that led the target through commands, as many."""
         return self.transition(h, z, self.moved(action, command))
 
     def moved(self, action, command):
         """What the arm was told [..., wm_hidden].
-
-        Contact is a sharp function of position, which networks learn late; sines of it help (NeRF's
-        trick)."""
+        Contact is a sharp function of position, which networks learn late; sines of it help (NeRF)."""
         position = command.unflatten(-1, (-1, ACTION))[..., :3].flatten(-2)         # [..., stride * 3]
-        told = [action, command]
+        inputs = [action, command]
         for k in range(self.cfg.wm_octaves):
             angle = position * 2 ** (k + 2)
-            told += [angle.sin(), angle.cos()]
-        return self.from_action(torch.cat(told, -1))
+            inputs += [angle.sin(), angle.cos()]
+        return self.from_action(torch.cat(inputs, -1))
 
     def transition(self, h, z, moved):
         return self.gru(self.norm(self.from_z(z) + moved), h)                             # [B, h]
@@ -416,11 +397,9 @@ class WorldModel(nn.Module):
 
     def rollout(self, embedding, action, command, context=None):
         """Watch a sequence and, beside it, dream it.
-
-        embedding [B, T, E], action and command [B, T, stride * 7] (what led to the frame); context: [B]
-        number of frames that the dreaming stream may watch before it closes its eyes, or None for no such
-        stream. -> posterior features [B, T, D], (posteriors, priors) [B, T, stats_size], dreamed features [B,
-        T, D] or None"""
+        embedding [B, T, E]; action, command [B, T, stride * 7] (what led to the frame); context [B]: frames
+        that the dreaming stream may watch before it closes its eyes, or None for no such stream.
+        -> posterior features, (posteriors, priors) [B, T, stats_size], dreamed features [B, T, D] or None"""
         B, T = action.shape[:2]
         streams = 1 if context is None else 2
         h, z = self.initial(streams * B, action.device)
@@ -447,8 +426,7 @@ class WorldModel(nn.Module):
         return feature[:B], (torch.stack(posts, 1), torch.stack(priors, 1)), dreamed
 
     def proprio(self, feature):
-        """What the model believes of the robot's own state [..., 15]; the pose is a lag behind the
-        command."""
+        """What the model believes of the robot's own state [..., 15]; the pose lags behind the command."""
         command = feature[..., -ACTION:]
         return self.pose_head(feature) + F.pad(command[..., :POSE], (0, PROPRIO - POSE))
 
@@ -457,8 +435,7 @@ class WorldModel(nn.Module):
         return decode_pose(self.proprio(feature)[..., :POSE])
 
     def image_error(self, feature, batch):
-        """Half the squared error, summed over cameras, channels and pixels (-1..1): a Gaussian
-        likelihood.  [B, T]"""
+        """Half the squared error, summed over pixels (-1..1): a Gaussian likelihood.  [B, T]"""
         if self.codec:
             parts = (self.decoder(feature) - batch["codes"]).square().split(self.codec.sizes, -1)
             static, gripper = [part.sum(-1) for part in parts]
@@ -473,9 +450,28 @@ class WorldModel(nn.Module):
         images = self.codec.decode(self.decoder(feature)) if self.codec else self.decoder(feature)
         return [((i + 1) * 127.5).clamp(0, 255).to(torch.uint8) for i in images]
 
+    @torch.no_grad()
+    def watch_and_dream(self, recording, starts, length, last=None):
+        """Windows as the posterior sees them and as the prior dreams them from their first frame alone.
+        starts [W]; length in frames, of which every wm_stride-th is looked at; last [W]: last frame of each
+        window's episode (past it, it repeats).  -> posterior, dreamed [W, T, D], frame numbers [W, T]"""
+        stride = self.cfg.wm_stride
+        frames = starts[:, None] + np.arange(0, length, stride)
+        if last is not None:
+            frames = np.minimum(frames, (last - (last - starts) % stride)[:, None])
+        seen, dreamed = [], []
+        for block in np.array_split(frames, max(1, len(frames) // 128)):
+            batch = recording.batch(block)
+            context = torch.ones(len(block), device=self.cfg.device)
+            feature, _, dream = self.rollout(self.embed(batch), batch["action"], batch["command"], context)
+            rows = np.arange(len(block))[:, None]
+            times = (block - block[:, :1]) // stride
+            seen.append(feature[rows, times])
+            dreamed.append(dream[rows, times])
+        return torch.cat(seen), torch.cat(dreamed), frames
+
 def world_model_loss(wm, batch, cfg):
-    """DreamerV2's negative evidence bound, plus the same likelihood for frames that were dreamed instead of
-    watched."""
+    """DreamerV2's negative evidence bound, plus the same likelihood for frames that were only dreamed."""
     B, T = batch["action"].shape[:2]
     device = batch["action"].device
     context = None
@@ -503,28 +499,6 @@ def world_model_loss(wm, batch, cfg):
         metrics.update(open_image=dreamed_image, open_pose=dreamed_pose)
     return loss, metrics
 
-@torch.no_grad()
-def views(wm, recording, starts, length, last=None):
-    """Windows as the posterior sees them and as the prior dreams them from their first frame alone.
-
-    starts [W]; length in frames, of which every wm_stride-th is looked at; last [W] final frame of each
-    window's episode (past it, frames and features repeat).  -> posterior, dreamed [W, T, D], frames [W, T]"""
-    stride = wm.cfg.wm_stride
-    frames = starts[:, None] + np.arange(0, length, stride)
-    if last is not None:
-        frames = np.minimum(frames, (last - (last - starts) % stride)[:, None])
-    seen, dreamed = [], []
-    for block in np.array_split(frames, max(1, len(frames) // 128)):
-        batch = recording.batch(block)
-        context = torch.ones(len(block), device=wm.cfg.device)
-        feature, _, dream = wm.rollout(wm.embed(batch), batch["action"], batch["command"], context)
-        rows = np.arange(len(block))[:, None]
-        times = (block - block[:, :1]) // stride
-        seen.append(feature[rows, times])
-        dreamed.append(dream[rows, times])
-    return torch.cat(seen), torch.cat(dreamed), frames
-
-
 # ============================================================================================================
 # 3  Actor.  A diffusion policy turns noise into a chunk of H actions in K denoising steps (DDPM, eq. 11),
 #    conditioned on the world model's feature.  Cloning trains the denoiser to predict the noise that was
@@ -540,18 +514,16 @@ def views(wm, recording, starts, length, last=None):
 #    base is the cloned net, frozen; net is its copy that PPO trains; chain[K'] is what the arm executes.
 # ============================================================================================================
 
-def time_embedding(t, size=TIME):
-    """Sinusoids of the denoising step t [...] -> [..., size]."""
-    frequency = torch.exp(torch.arange(size // 2, device=t.device) * (-math.log(10000) / (size // 2 - 1)))
-    angle = t.float()[..., None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], -1)
-
 class TimeEmbedding(nn.Sequential):
-    def __init__(self, size=TIME):
-        super().__init__(nn.Linear(size, 2 * size), nn.Mish(), nn.Linear(2 * size, size))
+    """A denoising step t [...], as sinusoids and through two layers -> [..., TIME]"""
+
+    def __init__(self):
+        super().__init__(nn.Linear(TIME, 2 * TIME), nn.Mish(), nn.Linear(2 * TIME, TIME))
 
     def forward(self, t):
-        return super().forward(time_embedding(t))
+        half = torch.arange(TIME // 2, device=t.device)
+        angle = t.float()[..., None] * torch.exp(half * (-math.log(10000) / (TIME // 2 - 1)))
+        return super().forward(torch.cat([angle.sin(), angle.cos()], -1))
 
 class MLPDenoiser(nn.Module):
     """[chunk, time, feature] -> Linear -> one pre-activation residual block -> noise (DPPO's network)."""
@@ -568,8 +540,7 @@ class MLPDenoiser(nn.Module):
         self.last = nn.Linear(n, flat)
 
     def forward(self, x, t, feature):
-        """x [..., H, A], t [...], feature [..., D] (leading dimensions broadcast to x's) -> noise [..., H,
-        A]"""
+        """x [..., H, A], t [...], feature [..., D] (leading dimensions broadcast) -> noise [..., H, A]"""
         time = self.time(t).expand(*x.shape[:-2], -1)
         y = self.first(torch.cat([x.flatten(-2), time], -1)) + self.see(feature)
         y = y + self.l2(F.mish(self.l1(F.mish(y))))
@@ -631,7 +602,7 @@ class DiffusionActor(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.K = cfg.bc_steps
-        self.links = cfg.ft_steps                           # the K' Gaussian steps of a chain
+        self.ft_steps = cfg.ft_steps                           # the K' Gaussian steps of a chain
         build = MLPDenoiser if cfg.bc_net == "mlp" else UNetDenoiser
         self.net = build(cfg, feature_size)
         self.base = copy.deepcopy(self.net).requires_grad_(False)
@@ -655,64 +626,39 @@ class DiffusionActor(nn.Module):
         return F.mse_loss(self.net(x, t, feature), noise)
 
     def mean(self, net, x, t, feature):
-        """DDPM, eq. 7: mean of the chunk one step cleaner, x [..., H, A] -> [..., H, A].
-
-        The guess of the clean chunk is clipped to the range of actions."""
+        """DDPM, eq. 7, the clean chunk's guess clipped: mean of the chunk one step cleaner [..., H, A]."""
         step = torch.full(x.shape[:-2], t, device=x.device) if isinstance(t, int) else t
         clean = (x - self.noise[step, None, None] * net(x, step, feature)) / self.signal[step, None, None]
         return self.coef_x0[step, None, None] * clean.clamp(-1, 1) + self.coef_xt[step, None, None] * x
 
     @torch.no_grad()
     def sample_chain(self, feature, explore=True, frozen=False):
-        """feature [B, D] -> chain [B, K'+1, H, A]: what goes into the first fine-tuned step, then each step's
-        output.
-
-        explore: the stds of practice (noise clipped to 3 std), else those on the robot.  frozen: the base net
-        all along."""
+        """feature [B, D] -> chain [B, K'+1, H, A]: the first fine-tuned step's input, then each output.
+        explore: the stds of practice, noise within 3 std; else the robot's.  frozen: base all along."""
         x = torch.randn(len(feature), self.cfg.bc_chunk, ACTION, device=feature.device)
-        chain = [x] if self.links == self.K else []
+        chain = [x] if self.ft_steps == self.K else []
         for t in reversed(range(self.K)):
-            net = self.base if frozen or t >= self.links else self.net
+            net = self.base if frozen or t >= self.ft_steps else self.net
             mean = self.mean(net, x, t, feature)
             std = self.std[t].clamp(min=self.cfg.ft_std) if explore else self.std[t].clamp(min=1e-3) * (t > 0)
             x = mean + std * torch.randn_like(x).clamp(-3, 3)
-            if t <= self.links:
+            if t <= self.ft_steps:
                 chain.append(x)
         return torch.stack(chain, 1)                                                      # [B, K'+1, H, A]
 
     def chain_logprob(self, feature, chain):
         """Log-probability of every recorded step, AVERAGED over the chunk's numbers: summed, the clip range
-        would be 28 times too tight.
-
-        feature [B, D], chain [B, K'+1, H, A] -> [B, K'].  Step j turns chain[j] into chain[j + 1], and t =
-        K'-1-j."""
-        t = torch.arange(self.links - 1, -1, -1, device=chain.device)                     # [K']
+        would be 28 times too tight.  feature [B, D], chain [B, K'+1, H, A] -> [B, K']
+        Step j turns chain[j] into chain[j + 1], and t = K'-1-j."""
+        t = torch.arange(self.ft_steps - 1, -1, -1, device=chain.device)                     # [K']
         mean = self.mean(self.net, chain[:, :-1], t, feature[:, None])                    # [B, K', H, A]
         std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]         # also at t = 0, as in sampling
         return gaussian_logprob(chain[:, 1:], mean, std).mean((-1, -2))                   # [B, K']
 
     def act(self, feature):
-        """feature [B, D] -> the chunk to execute [B, H, A]: DDPM's own noise, none at the last step."""
+        """feature [B, D] -> the chunk to execute [B, H, A]: DDPM's own noise, none at the last step.
+        (DDIM would do with five steps, but they are deterministic: no density, so nothing for PPO.)"""
         return self.sample_chain(feature, explore=False)[:, -1]
-
-    @torch.no_grad()
-    def act_ddim(self, feature, steps=5):
-        """DDIM with eta = 0: the same nets in fewer, deterministic steps [B, H, A].  It has no density, so
-        PPO cannot use it.
-
-        The steps are spread from the first to the last, 19 14 10 5 0 of 20; DPPO's are 16 12 8 4 0."""
-        x = torch.randn(len(feature), self.cfg.bc_chunk, ACTION, device=feature.device)
-        times = torch.linspace(self.K - 1, 0, steps).round().int().tolist()
-        for t, following in zip(times, times[1:] + [-1]):
-            net = self.base if t >= self.links else self.net
-            noise = net(x, torch.full((len(x),), t, device=x.device), feature)
-            clean = ((x - self.noise[t] * noise) / self.signal[t]).clamp(-1, 1)
-            noise = (x - self.signal[t] * clean) / self.noise[t]
-            if following < 0:
-                x = clean
-            else:
-                x = self.signal[following] * clean + self.noise[following] * noise
-        return x
 
 class GaussianActor(nn.Module):
     """The plain alternative behind the same interface: one Gaussian a chunk, a chain with one link."""
@@ -720,7 +666,7 @@ class GaussianActor(nn.Module):
     def __init__(self, cfg, feature_size):
         super().__init__()
         self.cfg = cfg
-        self.links = 1
+        self.ft_steps = 1
         sizes = [feature_size, cfg.bc_hidden, cfg.bc_hidden, cfg.bc_chunk * ACTION]
         self.net = mlp(sizes, nn.Mish, norm=False)
         self.base = copy.deepcopy(self.net).requires_grad_(False)
@@ -750,22 +696,18 @@ def build_actor(cfg, feature_size):
 
 @torch.no_grad()
 def ema_update(average, net, decay, step):
-    """Moving average of the weights; its decay rises with the step, or short training returns near-initial
-    weights."""
+    """Moving average of the weights; its decay rises, or short training would return its first weights."""
     decay = min(decay, (1 + step) / (10 + step))
     for a, b in zip(average.parameters(), net.parameters()):
         a.lerp_(b, 1 - decay)
 
-def demonstration_views(cfg, wm, recording, offsets=7, draws=2):
+def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
     """The moments of every demonstration until just after its success, in windows that start every `offsets`
-    frames.
-
-    Each window is run twice: watched (the posterior sees every frame) and dreamed (the first frame, then the
-    prior and the recorded actions).  The robot's policy sees the former, PPO's the latter, so cloning and the
-    classifier train on both, in one heap.  offsets is odd, so that with a stride of 2 windows take turns with
-    even and odd moments.  What follows success is another task's beginning: counted as success, it teaches
-    where arms go afterwards. -> feature, first feature of the same window [P, D], frame numbers [P], start
-    frames [P]"""
+    frames (an odd number, so that with a stride of 2 even and odd moments take turns).  Each window is run
+    twice, watched and dreamed: the robot's policy sees the former, PPO's the latter, so cloning and the
+    classifier train on both.  What follows success is another task's beginning: counted as success, it
+    teaches where arms go afterwards.
+    -> feature, first feature of the same window [P, D], frame numbers [P], start frames [P]"""
     starts = []                                             # first frame, and the last that counts
     for _, a, b in recording.ds.segments:
         done = np.flatnonzero(recording.success(cfg.task, a, np.arange(a, b + 1)))
@@ -777,7 +719,7 @@ def demonstration_views(cfg, wm, recording, offsets=7, draws=2):
     inside = moments <= starts[:, 1:]
     feature, first, frame, start = [], [], [], []
     for _ in range(draws):
-        seen, dreamed, frames = views(wm, recording, starts[:, 0], length, starts[:, 1])
+        seen, dreamed, frames = wm.watch_and_dream(recording, starts[:, 0], length, starts[:, 1])
         for f in (seen, dreamed):
             rows = torch.from_numpy(inside).to(f.device)
             feature.append(f[rows])
@@ -786,13 +728,11 @@ def demonstration_views(cfg, wm, recording, offsets=7, draws=2):
             start.append(np.broadcast_to(starts[:, :1], frames.shape)[inside])
     return torch.cat(feature), torch.cat(first), np.concatenate(frame), np.concatenate(start)
 
-
 # ============================================================================================================
 # 4  Reward.  Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules
 #    compare now with the start ("the drawer has been closed by 12 cm"), so ours sees the first feature and
-#    the change since. Demonstrations say what success looks like; play, unlabelled, says what everything else
-#    looks like, and that is what PPO will try to sell as success.  Play has successes, too: with
-#    reward_rounds, windows in which the classifier sees one, watched and dreamed, change sides.
+#    the change since.  Demonstrations say what success looks like; play, unlabelled, says what everything
+#    else looks like, and that is what PPO will try to sell as success.
 # ============================================================================================================
 
 class Classifier(nn.Module):
@@ -811,21 +751,14 @@ class Classifier(nn.Module):
         """The reward: 1.0 where class 1 wins, else 0.0: [...]"""
         return self(first, feature)[1].argmax(-1).float()
 
-def lasting(model, feature):
-    """Where success shows, and did one step before; the first feature is the start.  [W, T, D] -> bool [W,
-    T]"""
-    fires = model.success(feature[:, :1].expand_as(feature), feature) > 0
-    return fires & F.pad(fires[:, :-1], (1, 0))
-
-def after_success(model, seen, dreamed):
-    """From where a window shows success both ways, watched and dreamed: a lit lamp stays lit for seconds.
-
-    [W, T, D] twice -> bool [W, T]"""
-    return (lasting(model, seen) & lasting(model, dreamed)).cumsum(1) > 0
+    def success_twice(self, feature):
+        """Does success show in a step and in the one before?  dream_chunk asks no less.
+        [W, T, D], where the first feature is the start -> bool [W, T]"""
+        success = self.success(feature[:, :1].expand_as(feature), feature) > 0
+        return success & F.pad(success[:, :-1], (1, 0))
 
 def nt_xent(embedding, label, tau):
     """Supervised contrastive loss (Khosla et al. 2020, eq. 2): pull same-class embeddings together.
-
     embedding [N, 64], label [N] -> scalar"""
     z = F.normalize(embedding, dim=-1)
     similarity = z @ z.T / tau                                                            # [N, N]
@@ -840,23 +773,18 @@ def classifier_loss(model, first, feature, label, weight, cfg):
     contrast = nt_xent(embedding, label, cfg.reward_tau)
     return contrast + cfg.reward_ce * entropy, dict(contrast=contrast, entropy=entropy)
 
-
 # ============================================================================================================
 # 5  Dream.  A world model is an environment: reset() returns features, step() takes chunks.  Nothing here, or
-#    in the next section, touches a simulator.  Finished dreams start again at once from another recorded
-#    frame.
+#    in the next section, touches a simulator.  A finished dream starts again from another recorded frame.
 # ============================================================================================================
 
 class DreamEnv:
-    """B imagined arms.  reset() -> feature [B, D]; step(chunk [B, H, A]) -> feature, reward, terminated,
-    truncated, final.
-
-    `feature` belongs to the restarted dream where one ended; `final` is always the true next feature, to
-    bootstrap."""
+    """B imagined arms.  reset() -> feature [B, D]
+    step(chunk [B, H, A]) -> feature, reward, terminated, truncated, final; `feature` belongs to the restarted
+    dream where one ended, `final` is always the true next feature, to bootstrap from."""
 
     def __init__(self, cfg, wm, classifier, embedding, command, target, dreams, horizon):
-        """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from, on
-        the device."""
+        """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from"""
         self.cfg = cfg
         self.wm = wm
         self.classifier = classifier
@@ -869,12 +797,11 @@ class DreamEnv:
         index = torch.randint(0, len(self.bank[0]), (n,), device=self.bank[0].device)
         embedding, command, target = (x[index] for x in self.bank)
         h, z = self.wm.initial(n, embedding.device)
-        told = command.repeat(1, self.cfg.wm_stride)        # [n, stride * 7]: it has stood still so far
-        h = self.wm.step(h, z, torch.zeros_like(told), told)
+        commands = command.repeat(1, self.cfg.wm_stride)    # [n, stride * 7]: it has stood still so far
+        h = self.wm.step(h, z, torch.zeros_like(commands), commands)
         z = sample_latent(self.wm.posterior(h, embedding), self.cfg)
         state = dict(h=h, z=z, command=command, target=target)
-        # The policy does not see that the world has moved, or it would correct for it.  In units of the
-        # command, 0.1 m
+        # In units of the command, 0.1 m.  The policy does not see it, or it would correct for it
         shift = self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
@@ -905,62 +832,43 @@ def feature_of(state):
     return torch.cat([state["h"], state["z"], state["command"]], -1)                      # [B, D]
 
 def dream_step(wm, state, action, shift=0.0):
-    """One imagined step: integrate the commands as the simulator does, then memory, then a guess from the
-    prior.
-
-    action [B, stride, 7] -> state.  shift [B, 7] is added to the commands that the world model hears, not to
-    the one that the policy sees."""
-    target, lead, told = state["target"], wm.lead, []
+    """One imagined step: commands as the simulator integrates them, then memory, then a guess from the prior.
+    action [B, stride, 7] -> state.  shift [B, 7]: what the world model hears and the policy does not see"""
+    target, keep, commands = state["target"], wm.keeps_target, []
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else target
     for a in action.unbind(1):
-        target = advance_target(target, a, tcp, lead)
-        lead = 1                                            # tcp is not predicted anew in between
+        target = advance_target(target, a, tcp, keep)
+        keep = 1                                            # tcp is not predicted anew in between
         command = encode_command(target, a[:, 6:])
-        told.append(command + shift)
-    h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(told, -1))
+        commands.append(command + shift)
+    h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1))
     return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
 
 def dream_chunk(wm, classifier, state, first, chunk, shift=0.0):
     """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two steps of the
-    model both look like success.
-
-    One would do for a robot; in a dream the sampled latent makes things flicker, and a policy learns to wait
-    for it."""
+    model look like success.  One would do for a robot; but sampled latents flicker, and a policy learns to
+    wait for that."""
     for action in chunk.split(wm.cfg.wm_stride, 1):
         before = state
         state = dream_step(wm, state, action, shift)
     return state, classifier.success(first, feature_of(before)) * classifier.success(first, feature_of(state))
 
 def executed(action):
-    """What the arm receives for a policy's numbers [..., 7]: clipped to [-1, 1], the gripper binary, in
-    dreams as on the robot."""
+    """A policy's numbers [..., 7] -> what the arm receives: within [-1, 1], the gripper open or closed."""
     grip = torch.where(action[..., 6:] >= 0, 1.0, -1.0)
     return torch.cat([action[..., :6].clamp(-1, 1), grip], -1)
-
-@torch.no_grad()
-def dream_on(cfg, wm, actor, classifier, state, first):
-    """The policy itself in the dream, from the agent's first state: does the dream believe in its success?
-    [B]"""
-    solved = torch.zeros(len(first), dtype=torch.bool, device=first.device)
-    for _ in range(cfg.eval_steps // cfg.bc_chunk):
-        state, verdict = dream_chunk(wm, classifier, state, first, executed(actor.act(feature_of(state))))
-        solved |= verdict > 0
-    return solved.cpu().numpy()
-
 
 # ============================================================================================================
 # 6  PPO through the chain (DPPO).  One decision of the dream, a chunk, is K' small decisions, the denoising
 #    steps; each gets the chunk's advantage, discounted by how many steps are left to clean it.  Four things
-#    to get right: average a chunk's log-probs (chain_logprob does), give noisy steps a tighter clip,
-#    bootstrap a cut dream from its own last feature, and stay close to what was cloned.
+#    to get right: average a chunk's log-probs (chain_logprob), give noisy steps a tighter clip, bootstrap a
+#    cut dream from its own last feature, and stay close to what was cloned.
 # ============================================================================================================
 
 def gae(reward, value, next_value, terminated, truncated, gamma, lam):
-    """Generalised advantage estimation over chunks (arXiv 1506.02438, eq. 16), everything [T, B].
-
-    next_value belongs to the true next feature, so a truncated dream bootstraps from its own end, and the
-    trace is cut at every end (DPPO's code lets it run on into another episode).  -> advantage, return [T,
-    B]"""
+    """Generalised advantage estimation over chunks (1506.02438, eq. 16), all [T, B] -> advantage, return
+    next_value is the true next feature's, so a truncated dream bootstraps from its own end; the trace is cut
+    at every end (DPPO's code lets it run on into another episode)."""
     advantage = torch.zeros_like(reward)
     trace = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
@@ -969,18 +877,14 @@ def gae(reward, value, next_value, terminated, truncated, gamma, lam):
         advantage[t] = trace
     return advantage, advantage + value
 
-def clip_schedule(cfg, links, device):
-    """epsilon for each of the K' steps [K'], from ft_clip_first at the noisiest to ft_clip at the last,
-    exponentially."""
-    x = torch.arange(links, device=device) / (links - 1) if links > 1 else torch.ones(1, device=device)
+def clip_schedule(cfg, steps, device):
+    """epsilon [K'], growing exponentially from ft_clip_first at the noisiest step to ft_clip at the last."""
+    x = torch.arange(steps, device=device) / (steps - 1) if steps > 1 else torch.ones(1, device=device)
     return cfg.ft_clip_first + (cfg.ft_clip - cfg.ft_clip_first) * (torch.exp(3 * x) - 1) / (math.exp(3) - 1)
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the running std of the discounted return, clipped to +-10.  Its state is saved and
-    resumed.
-
-    The statistics take in a whole rollout before it is scaled; DPPO's take in one time step after the
-    other."""
+    """Divides rewards by the running std of the discounted return, clipped to +-10; its state is saved.  It
+    counts a whole rollout before scaling it; DPPO's takes in one time step after the other."""
 
     def __init__(self):
         super().__init__()
@@ -989,8 +893,7 @@ class RewardScaler(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4))
 
     def forward(self, reward, over, gamma):
-        """reward [T, B] of dreams from their start; over [T, B]: the dream ended there -> scaled reward [T,
-        B]"""
+        """reward [T, B] of dreams from their start, over [T, B]: it ended there -> scaled reward [T, B]"""
         returns = []
         so_far = torch.zeros_like(reward[0])
         for r, end in zip(reward, over):
@@ -1023,12 +926,11 @@ def dream_rollout(cfg, env, actor, critic):
 def ppo_loss(cfg, actor, critic, b):
     """DPPO, eq. 11.  b: a minibatch with feature [N, D], chain [N, K'+1, H, A], logprob [N, K'], advantage,
     return [N], anchor (chains of the frozen policy).  -> loss, diagnostics"""
-    links = actor.links
-    left = torch.arange(links - 1, -1, -1, device=b["feature"].device)              # steps left: K'-1 .. 0
+    left = torch.arange(actor.ft_steps - 1, -1, -1, device=b["feature"].device)    # steps left
     advantage = b["advantage"][:, None] * cfg.ft_gamma_denoise ** left                    # [N, K']
     log_ratio = actor.chain_logprob(b["feature"], b["chain"]) - b["logprob"]
     ratio = log_ratio.exp()
-    clip = clip_schedule(cfg, links, left.device)
+    clip = clip_schedule(cfg, len(left), left.device)
     policy = -torch.min(advantage * ratio, advantage * torch.clamp(ratio, 1 - clip, 1 + clip)).mean()
     value = F.mse_loss(critic(b["feature"])[:, 0], b["return"])
     anchor = torch.zeros_like(policy)
@@ -1040,9 +942,7 @@ def ppo_loss(cfg, actor, critic, b):
     return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
 
 def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
-    """Dream, then learn from it.  -> diagnostics
-
-    All dreams start anew, so that an iteration depends on nothing that a resumed run would not have."""
+    """Dream, from new starts (so that a resumed run misses nothing), then learn from it.  -> diagnostics"""
     roll = dream_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
     reward = scaler(roll["reward"], over, cfg.ft_gamma)
@@ -1068,23 +968,20 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
             history.append(metrics)
     out = {k: torch.stack([m[k].detach() for m in history]).mean() for k in history[0]}
     out["explained"] = 1 - (returns - roll["value"]).var() / (returns.var() + 1e-8)
-    # Each dream's first end, since one that began anew may have had no time to fail; without an end, no
-    # success
+    # Each dream's first end, since one that began anew may have had no time to fail
     ends = over & (over.cumsum(0) == 1)
     out["dream_success"] = (roll["terminated"] & ends).sum() / over.shape[1]
     return out
 
-
 # ============================================================================================================
 # 7  Agent.  World model and actor as one object, the one a robot would run: it filters every wm_stride-th
-#    frame with the actions that led to it, and every H steps asks the actor for a new chunk.  Evaluation
-#    (support/evaluate.py) runs this object and nothing else.
+#    frame with the actions that led to it, and every H steps asks the actor for a new chunk.  Evaluation runs
+#    this object and nothing else.
 # ============================================================================================================
 
 class Agent:
     """B robots in lock step.  reset(B); act(obs) -> actions [B, 7] with obs a dict of stacked observations.
-
-    With a classifier it also has opinions: verdict(), dreamed_success(), dreamed_verdicts(actions)."""
+    With a classifier it also has opinions: verdict() on what it sees, dream() on what would come."""
 
     def __init__(self, cfg, wm, actor, classifier=None):
         self.cfg = cfg
@@ -1101,8 +998,8 @@ class Agent:
 
     @torch.no_grad()
     def observe(self, obs):
-        """Take in one control step's frame: robot_obs [B, 15] and, at every wm_stride-th, rgb_static and
-        rgb_gripper [B, S, S, 3] u8. -> feature [B, D] of the last frame that was filtered"""
+        """Take in one control step's robot_obs [B, 15] and, at every wm_stride-th, rgb_static and rgb_gripper
+        [B, S, S, 3] u8 -> feature [B, D] of the last frame that was filtered"""
         def tensor(key):
             return torch.as_tensor(np.stack(obs[key])).to(self.cfg.device)
         robot = tensor("robot_obs")
@@ -1110,19 +1007,19 @@ class Agent:
         if self.target is None:
             self.target = tcp
             command = encode_command(tcp, gripper)
-            self.told = [(self.action, command)] * self.cfg.wm_stride
+            self.pending = [(self.action, command)] * self.cfg.wm_stride
         else:
-            self.target = advance_target(self.target, self.action, self.tcp, self.wm.lead)
+            self.target = advance_target(self.target, self.action, self.tcp, self.wm.keeps_target)
             command = encode_command(self.target, self.action[:, 6:])
-            self.told.append((self.action, command))
+            self.pending.append((self.action, command))
         self.tcp = tcp
-        if len(self.told) == self.cfg.wm_stride:
+        if len(self.pending) == self.cfg.wm_stride:
             seen = {key: tensor(key) for key in ("rgb_static", "rgb_gripper")}
             seen["proprio"] = encode_proprio(robot)
-            self.h = self.wm.step(self.h, self.z, *(torch.cat(x, -1) for x in zip(*self.told)))
+            self.h = self.wm.step(self.h, self.z, *(torch.cat(x, -1) for x in zip(*self.pending)))
             self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(seen)), self.cfg)
             self.state = dict(h=self.h, z=self.z, command=command, target=self.target)
-            self.told = []
+            self.pending = []
             self.begin = self.begin or self.state
         return feature_of(self.state)
 
@@ -1133,8 +1030,7 @@ class Agent:
         return self.execute(self.queue.pop(0))
 
     def execute(self, action):
-        """A policy's numbers [B, 7] -> what the arms receive, as numpy; the agent remembers it for the next
-        frame."""
+        """A policy's numbers [B, 7] -> what the arms receive; the agent remembers it for the next frame."""
         self.action = executed(action)
         return self.action.cpu().numpy()
 
@@ -1143,20 +1039,18 @@ class Agent:
         """Does the classifier see success in the last frame?  -> bool [B]"""
         return (self.classifier.success(feature_of(self.begin), feature_of(self.state)) > 0).cpu().numpy()
 
-    def dreamed_success(self):
-        """The same policy dreams on from its first frame: does it succeed there?  -> bool [B]"""
-        return dream_on(self.cfg, self.wm, self.actor, self.classifier, self.begin, feature_of(self.begin))
-
     @torch.no_grad()
-    def dreamed_verdicts(self, actions):
-        """Executed actions [B, T, 7], dreamed again from the first frame -> the classifier's verdict after
-        each chunk, bool [B, T / H]"""
-        state, first, H, verdicts = self.begin, feature_of(self.begin), self.cfg.bc_chunk, []
-        for chunk in actions[:, :actions.shape[1] // H * H].split(H, 1):
-            state, verdict = dream_chunk(self.wm, self.classifier, state, first, chunk)
-            verdicts.append(verdict > 0)
+    def dream(self, actions=None):
+        """Dream from the first frame, with executed actions [B, T, 7] or with the policy's own.
+        -> the classifier's verdict after each chunk, bool [B, T / H]"""
+        state, first, H = self.begin, feature_of(self.begin), self.cfg.bc_chunk
+        steps = self.cfg.eval_steps if actions is None else actions.shape[1]
+        verdicts = []
+        for t in range(0, steps - H + 1, H):
+            chunk = executed(self.actor.act(feature_of(state))) if actions is None else actions[:, t:t + H]
+            state, reward = dream_chunk(self.wm, self.classifier, state, first, chunk)
+            verdicts.append(reward > 0)
         return torch.stack(verdicts, 1).cpu().numpy()
-
 
 # ============================================================================================================
 # 8  Stages.  Each reads earlier results, writes its own, and can be run alone.
@@ -1185,12 +1079,9 @@ def stage_wm(cfg):
     optimizer = torch.optim.AdamW(wm.parameters(), cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay, fused=True)
     state = dict(model=wm, optimizer=optimizer)
     if wm.codec and not restore(cfg, "wm", state):          # a second fit may turn signs round
-        some = np.random.default_rng(cfg.seed).choice(len(dataset), min(5000, len(dataset)), replace=False)
-        for name in ("static", "gripper"):
-            frames = torch.from_numpy(dataset[f"rgb_{name}"][np.sort(some)])
-            wm.codec.fit(name, frames.to(cfg.device))
+        wm.codec.fit(dataset, cfg.seed)
     recording = Recording(cfg, dataset, wm)
-    wm.lead.fill_(recording.lead)
+    wm.keeps_target.fill_(recording.keeps_target)
     episodes, _ = dataset.split()
     window = np.arange(cfg.wm_length) * cfg.wm_stride
     starts = window_starts(episodes, window[-1] + 1)
@@ -1204,17 +1095,10 @@ def stage_wm(cfg):
         updates.log(metrics)
 
     wm.eval().requires_grad_(False)
-    judged = report.judge_world_model(recording, judging_demonstrations(cfg, wm), partial(views, wm),
-                                      dataset.judging_length(JUDGED), seed_everything(cfg.seed, "judge"))
+    judged = report.judge_world_model(recording, heldout_recording(cfg, wm), wm.watch_and_dream,
+                                      seed_everything(cfg.seed, "judge"))
     print("  replay share " + "  ".join(f"{t} {s:.2f}" for t, s in judged["replay_share"].items()))
     save_result(cfg, "wm", model=wm.state_dict(), judged=judged)
-
-JUDGED = 73                         # frames of a window that judges: an evaluation's 72 control steps
-
-def judging_demonstrations(cfg, wm):
-    """The demonstrations that nothing is trained on, as a Recording, or None where there are none."""
-    dataset = load_judges(cfg)
-    return dataset and Recording(cfg, dataset, wm)
 
 def stage_bc(cfg):
     """Clone the demonstrations."""
@@ -1222,7 +1106,7 @@ def stage_bc(cfg):
     dataset = load(cfg, "demos")
     recording = Recording(cfg, dataset, wm)
     seed_everything(cfg.seed, "bc", cfg.task, "init")
-    feature, _, frame, _ = demonstration_views(cfg, wm, recording)
+    feature, _, frame, _ = demonstration_features(cfg, wm, recording)
     chunks = action_chunks(np.array(dataset["rel_actions"]), dataset.episodes, cfg.bc_chunk)
     chunks = torch.from_numpy(chunks).to(cfg.device)
     frame = torch.from_numpy(frame).to(cfg.device)
@@ -1242,47 +1126,35 @@ def stage_bc(cfg):
     actor.net.load_state_dict(actor.base.state_dict())
     save_result(cfg, "bc", actor=actor.state_dict())
 
-# The kinds of a pair; its class is the kind modulo 2.  Play without a label is taken for a failure, until a
-# round of self-training (reward_rounds) takes it for a success
-FAILURE, SUCCESS, UNLABELLED, TAKEN_FOR_SUCCESS = range(4)
+FAILURE, SUCCESS, UNLABELLED = range(3)     # kinds of a pair; unlabelled play is taken for a failure
 
 def reward_pairs(cfg, wm, recording, play, rng):
     """What the classifier learns from: moments of demonstrations and of play, each beside the first one of
-    its window.
-
-    -> first, feature [P, D], kind [P], and the windows of play as (seen, dreamed [W, T, D], moments [W, 12])
-    or None"""
-    feature, first, frame, start = demonstration_views(cfg, wm, recording)
-    label = torch.from_numpy(recording.success(cfg.task, start, frame)).to(cfg.device)
-    if not label.any():
+    its window.  -> first, feature [P, D], kind [P]"""
+    feature, first, frame, start = demonstration_features(cfg, wm, recording)
+    success = torch.from_numpy(recording.success(cfg.task, start, frame)).to(cfg.device)
+    if not success.any():
         raise InputError(f"no demonstration of {cfg.task} fulfils the task's rule, so nothing shows what "
                          f"success is: are the segments and scene_obs of {output(cfg, 'demos')} right?")
-    groups = [(first[label], feature[label], SUCCESS), (first[~label], feature[~label], FAILURE)]
-    windows = None
+    pairs = [(first, feature, success.long())]
     if cfg.reward_labels != "demos":
-        length = play.ds.judging_length(JUDGED)
+        length = play.ds.window_length()
         begin = rng.choice(window_starts(play.ds.split()[0], length), min(1500, 50 * cfg.demo_count))
-        seen, dreamed, frames = views(wm, play, begin, length)
+        seen, dreamed, frames = wm.watch_and_dream(play, begin, length)
         moments = rng.integers(1, frames.shape[1], (len(frames), 12))                     # [W, 12]
-        rows = np.arange(len(frames))[:, None]
-        windows = seen, dreamed, torch.from_numpy(moments).to(cfg.device)
+        own = np.arange(len(frames))[:, None].repeat(12, 1)                               # [W, 12] windows
         for f in (seen, dreamed):
             # Where a rule can label any pair, compare with any window's start: a lamp is off wherever the arm
             # is, not only beside the lever.  Else with the start of its own window
-            begins = rows.repeat(12, 1)                                                   # [W, 12] windows
+            other = rng.integers(0, len(frames), moments.shape) if cfg.reward_labels == "predicate" else own
+            first = f[torch.from_numpy(other), 0].flatten(0, 1)                           # [W * 12, D]
+            feature = f[torch.from_numpy(own), torch.from_numpy(moments)].flatten(0, 1)
+            kind = torch.full((len(feature),), UNLABELLED, device=cfg.device)
             if cfg.reward_labels == "predicate":
-                begins = rng.integers(0, len(frames), moments.shape)
-            then = f[torch.from_numpy(begins), 0].flatten(0, 1)                           # [W * 12, D]
-            now = f[torch.from_numpy(rows), torch.from_numpy(moments)].flatten(0, 1)
-            if cfg.reward_labels == "predicate":
-                done = play.success(cfg.task, frames[begins, 0], frames[rows, moments]).ravel()
-                done = torch.from_numpy(done).to(cfg.device)
-                groups += [(then[done], now[done], SUCCESS), (then[~done], now[~done], FAILURE)]
-            else:
-                groups.append((then, now, UNLABELLED))
-    first, feature = (torch.cat([group[k] for group in groups]) for k in (0, 1))
-    kind = torch.cat([torch.full((len(group[0]),), group[2], device=cfg.device) for group in groups])
-    return first, feature, kind, windows
+                success = play.success(cfg.task, frames[other, 0], frames[own, moments]).ravel()
+                kind = torch.from_numpy(success).long().to(cfg.device)
+            pairs.append((first, feature, kind))
+    return [torch.cat(parts) for parts in zip(*pairs)]
 
 def stage_reward(cfg):
     """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
@@ -1290,41 +1162,22 @@ def stage_reward(cfg):
     recording = Recording(cfg, load(cfg, "demos"), wm)
     play = Recording(cfg, load(cfg, "play"))                # little of it is looked at: no codes in advance
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
-    first, feature, kind, windows = reward_pairs(cfg, wm, recording, play, rng)
+    first, feature, kind = reward_pairs(cfg, wm, recording, play, rng)
+    pools = [torch.nonzero(kind == one)[:, 0] for one in (FAILURE, SUCCESS, UNLABELLED)]
+    pools = [pool for pool in pools if len(pool)]
     model = Classifier(cfg, wm.feature_size).to(cfg.device)
-    pairs = nn.Module()                                     # the kinds change: they are saved and resumed
-    pairs.register_buffer("kind", kind)
-    rounds = [cfg.reward_updates * (k + 1) // (cfg.reward_rounds + 1) for k in range(cfg.reward_rounds)]
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
-
-    state = dict(model=model, optimizer=optimizer, pairs=pairs)
-    updates = Updates(cfg, "reward", cfg.reward_updates, state, every=50)
-    for i, _ in updates:
-        if i in rounds:
-            seen, dreamed, moments = windows
-            with torch.no_grad():
-                done = after_success(model, seen, dreamed).gather(1, moments)             # [W, 12]
-            # play is the last of the groups: all moments as watched, then the same moments as dreamed
-            now = torch.where(done, TAKEN_FOR_SUCCESS, UNLABELLED).flatten()
-            pairs.kind[-2 * done.numel():] = now.repeat(2)
-        index = []
-        for one in (FAILURE, SUCCESS, UNLABELLED, TAKEN_FOR_SUCCESS):
-            pool = torch.nonzero(pairs.kind == one)[:, 0]
-            if len(pool):                                   # as many of each kind
-                index.append(pool[torch.randint(0, len(pool), (128,), device=cfg.device)])
-        index = torch.cat(index)
-        kind = pairs.kind[index]
-        weight = torch.where(kind >= UNLABELLED, cfg.reward_play, 1.0)
-        loss, metrics = classifier_loss(model, first[index], feature[index], kind % 2, weight, cfg)
+    updates = Updates(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), every=50)
+    for i, _ in updates:                                    # as many of each kind
+        index = torch.cat([pool[torch.randint(0, len(pool), (128,), device=cfg.device)] for pool in pools])
+        weight = torch.where(kind[index] == UNLABELLED, cfg.reward_play, 1.0)
+        label = (kind[index] == SUCCESS).long()
+        loss, metrics = classifier_loss(model, first[index], feature[index], label, weight, cfg)
         descend(optimizer, loss)
         updates.log(metrics)
 
-    @torch.no_grad()
-    def verdict(feature):
-        """[W, T, D]: does it fire in any two steps running?  dream_chunk looks at a chunk's last two."""
-        return lasting(model, feature).any(1).cpu().numpy()
-    judged = report.trust(cfg.task, verdict, play, judging_demonstrations(cfg, wm), partial(views, wm),
-                          play.ds.judging_length(JUDGED), seed_everything(cfg.seed, "judge"))
+    judged = report.trust(cfg.task, model.success_twice, play, heldout_recording(cfg, wm),
+                          wm.watch_and_dream, seed_everything(cfg.seed, "judge"))
     save_result(cfg, "reward", model=model.state_dict(), trust=judged)
 
 def stage_finetune(cfg):
@@ -1337,11 +1190,9 @@ def stage_finetune(cfg):
 @torch.no_grad()
 def dream_starts(cfg, wm):
     """Recorded frames to dream from: the first part of each demonstration, and the play frames most like one.
-
     The policy was cloned on those very demonstrations and hardly fails there; play shows the same situations
-    anew, and also what demonstrations never show: an arm that has just missed.  A dream glosses over a miss,
-    but not when it starts after one.  Likeness is a ridge regression on embeddings, demonstration against
-    play: no label, no scene state.  -> embedding [M, E], command [M, 7], target [M, 6]"""
+    anew, and an arm that has just missed.  Likeness is a ridge regression on embeddings, demonstration
+    against play: no label, no scene state.  -> embedding [M, E], command [M, 7], target [M, 6]"""
     demos = Recording(cfg, load(cfg, "demos"))
     play = Recording(cfg, load(cfg, "play"))
     spans = [np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments]
@@ -1357,13 +1208,12 @@ def dream_starts(cfg, wm):
     near = rows(demos, begin)
     if not cfg.ft_play:
         return near
-    # Not the held-out episodes, on which the classifier is judged; of the others every wm_stride-th frame, as
-    # neighbours look alike
+    # Neighbours look alike, so every wm_stride-th frame, and none of the held-out episodes, which only judge
     frames = np.concatenate([np.arange(a, b + 1, cfg.wm_stride) for a, b in play.ds.split()[0]])
     every = rows(play, frames)
     x = F.pad(torch.cat([near[0], every[0]]), (0, 1), value=1.0).double()
     y = torch.arange(len(x), device=x.device) < len(begin)
-    weight = torch.where(y, len(every[0]) / len(begin), 1.0).double()[:, None]   # both sides count the same
+    weight = torch.where(y, len(every[0]) / len(begin), 1.0).double()[:, None]   # both kinds count the same
     ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     likeness = x @ torch.linalg.solve((x * weight).T @ x + ridge, (x * weight).T @ y.double())
     best = likeness[len(begin):].topk(max(1, int(cfg.ft_play * len(every[0])))).indices
@@ -1390,18 +1240,9 @@ def load_networks(cfg, policy):
     """World model, actor and classifier; policy: "bc", "tuned" or the iteration of a snapshot."""
     wm = load_world_model(cfg)
     actor = build_actor(cfg, wm.feature_size)
+    actor.load_state_dict(policy_weights(cfg, policy))
     classifier = Classifier(cfg, wm.feature_size).to(cfg.device)
     classifier.load_state_dict(load(cfg, "reward")["model"])
-    if policy == "bc":
-        actor.load_state_dict(load(cfg, "bc")["actor"])
-    else:
-        tuned = load(cfg, "finetune")
-        actor.load_state_dict(tuned["actor"])
-        if policy not in ("tuned", *tuned["snapshots"]):
-            names = ", ".join(tuned["snapshots"])
-            raise InputError(f"there is no snapshot {policy}: give {names}, tuned or bc")
-        if policy != "tuned":
-            actor.net.load_state_dict(tuned["snapshots"][policy])
     return wm, actor.eval(), classifier.eval()
 
 def load_agent(cfg, policy):
@@ -1409,13 +1250,11 @@ def load_agent(cfg, policy):
 
 def stage_eval(cfg):
     """Before and after from the same start states: only here does the tuned policy meet a simulator."""
-    if cfg.policy:
-        return evaluate.one_policy(cfg, load_agent)
-    return evaluate.before_and_after(cfg, load_agent)
+    (evaluate.one_policy if cfg.policy else evaluate.before_and_after)(cfg, load_agent)
 
 def stage_report(cfg):
     """Tables and pictures from what the other stages left behind."""
-    evaluate.write_report(cfg, load_agent, views)
+    evaluate.write_report(cfg, load_agent)
 
 STAGE_WORK = dict(play=stage_play, demos=stage_demos, wm=stage_wm, bc=stage_bc, reward=stage_reward,
                   finetune=stage_finetune, eval=stage_eval, report=stage_report)

@@ -16,7 +16,7 @@ import calvin_sim
 from data import Recording
 from support import report
 from support.files import write_atomic
-from support.runs import (STAGES, first_seed, in_processes, load, load_file, load_judges, make_sim, origin,
+from support.runs import (STAGES, first_seed, in_processes, load, load_file, load_heldout, make_sim, origin,
                           output, read_log, seed_everything, sim_of, versions)
 
 
@@ -73,8 +73,8 @@ def run_episodes(cfg, agent, sims, seeds, record=()):
             if not solved[i] and calvin_sim.success(cfg.task, start[i], obs[i]["scene_obs"]):
                 solved[i] = True
                 steps[i] = t + 1
-    dream = agent.dreamed_verdicts(torch.stack(actions, 1))
-    dreamed = agent.dreamed_success()
+    dream = agent.dream(torch.stack(actions, 1))
+    dreamed = agent.dream().any(1)
     real = np.stack(real, 1)                                                                 # [B, T / H]
     truth = np.stack(truth, 1)
     ends = 1 - -steps // H                                  # so many count of an episode
@@ -130,10 +130,10 @@ def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=No
 def dream_evaluation(cfg, load_agent):
     """Without a simulator: before and after in the dream.
 
-    Once from each recorded first frame of the demonstrations that judge.
+    Once from each recorded first frame of the held-out demonstrations.
     -> results, dream_success, trained_on: the frames are those of demonstrations that the policy was cloned
     from, for want of others"""
-    recording = load_judges(cfg)
+    recording = load_heldout(cfg)
     begin = []
     if recording:
         begin = [a for task, a, _ in recording.segments if task == cfg.task]
@@ -148,7 +148,7 @@ def dream_evaluation(cfg, load_agent):
         agent = load_agent(cfg, policy)
         agent.reset(len(frames))
         agent.observe({key: recording[key][frames] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
-        dreamed = agent.dreamed_success()
+        dreamed = agent.dream().any(1)
         results[policy] = [dict(frame=int(f), success=bool(s)) for f, s in zip(frames, dreamed)]
     dream_success = float(np.mean([r["success"] for r in results["tuned"]]))
     return dict(results=results, curve={}, dream_success=dream_success, trained_on=trained_on)
@@ -225,7 +225,7 @@ def record_rollouts(cfg, load_agent, results):
 
 
 @torch.no_grad()
-def write_report(cfg, load_agent, views):
+def write_report(cfg, load_agent):
     """Tables and pictures from what the other stages left behind.
 
     The dream is of a held-out demonstration, from its first frame."""
@@ -240,7 +240,7 @@ def write_report(cfg, load_agent, views):
     wm = agent.wm
     source, (a, b) = shown_span(cfg)
     recording = Recording(cfg, source, wm)
-    seen, dreamed, frames = views(wm, recording, np.array([a]), b - a + 1)
+    seen, dreamed, frames = wm.watch_and_dream(recording, np.array([a]), b - a + 1)
     start = dreamed[:, :1].expand_as(dreamed)
     score = agent.classifier(start, dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()
     truth = [recording.ds[k][frames[0]] for k in ("rgb_static", "rgb_gripper")]
@@ -251,8 +251,8 @@ def write_report(cfg, load_agent, views):
     for stage in STAGES:
         if values := read_log(cfg, stage, "minutes")[1]:
             minutes[stage] = values[-1]
-    judges = load_judges(cfg)
-    trained_on = judges.meta.get("trained_on", []) if judges else []
+    heldout = load_heldout(cfg)
+    trained_on = heldout.meta.get("trained_on", []) if heldout else []
     judged = dict(load(cfg, "wm")["judged"], trust=trust, trained_on=trained_on)
     settings = dataclasses.asdict(cfg)
     lines = report.write(folder, cfg.task, settings, versions(cfg), evaluation, judged, minutes)
@@ -262,14 +262,14 @@ def write_report(cfg, load_agent, views):
 def shown_span(cfg):
     """What the dream's picture shows -> dataset, (first, last)
 
-    The first demonstration of the task that judges, else a stretch of held-out play."""
-    judges = load_judges(cfg)
+    The first demonstration of the task that was held out, else a stretch of held-out play."""
+    heldout = load_heldout(cfg)
     play = load(cfg, "play")
     spans = []
-    if judges:
-        spans = [(a, b) for task, a, b in judges.segments if task == cfg.task]
+    if heldout:
+        spans = [(a, b) for task, a, b in heldout.segments if task == cfg.task]
     if spans:
-        return judges, spans[0]
+        return heldout, spans[0]
     a, b = play.split()[1][0]
     return play, (a, min(b, a + cfg.eval_steps))
 

@@ -1,6 +1,7 @@
 """linear_codec.py: principal components of the frames, for machines too slow for convolutions."""
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -21,7 +22,14 @@ class LinearCodec(nn.Module):
         self.sizes = list(sizes.values())
         self.size = sum(self.sizes)
 
-    def fit(self, name, frames):
+    def fit(self, dataset, seed):
+        """Learn both cameras' components from up to 5,000 frames of a recording."""
+        some = np.random.default_rng(seed).choice(len(dataset), min(5000, len(dataset)), replace=False)
+        for name in ("static", "gripper"):
+            frames = torch.from_numpy(dataset[f"rgb_{name}"][np.sort(some)])
+            self.fit_camera(name, frames.to(self.static_mean.device))
+
+    def fit_camera(self, name, frames):
         """frames [N, S, S, 3] u8, a sample of the recording."""
         x = frames.flatten(1).float() / 127.5 - 1                                         # [N, pixels]
         mean = x.mean(0)

@@ -22,7 +22,7 @@ def stage_play(cfg):
     episodes = max(10, cfg.play_frames // cfg.play_episode)
     wanted = {"play": (first_seed(cfg, "play"), episodes, cfg.play_episode)}
     for task in TASKS:
-        wanted[task] = first_seed(cfg, "judges", task), cfg.play_replay, 0
+        wanted[task] = first_seed(cfg, "heldout", task), cfg.play_replay, 0
     good = record(cfg, parts, wanted)
     if cfg.play_replay:
         pack_recorded(cfg, "play", folder.with_name("replay"), {task: good[task] for task in TASKS})
@@ -175,7 +175,7 @@ def use_given_play(cfg, folder):
         np.save(temporary / "ep_start_end_ids.npy", episodes)
         meta = dict(given.meta, frames_in=str(given.path.absolute()), **origin(cfg, "play"))
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    judges = []
+    heldout = []
     seen_before = []
     unseen = dict(zip(given.segments, held_out(given.segments, Dataset(temporary))))
     for task in dict.fromkeys(task for task, _, _ in given.segments):
@@ -185,8 +185,8 @@ def use_given_play(cfg, folder):
             print(f"warning: no segment of {task} was held out of {cfg.data}: "
                   "it is judged on ones that were trained on")
             seen_before.append(task)
-        judges += (mine or every)[:cfg.play_replay]
-    pack_segments(cfg, "play", folder.with_name("replay"), judges, trained_on=seen_before)
+        heldout += (mine or every)[:cfg.play_replay]
+    pack_segments(cfg, "play", folder.with_name("replay"), heldout, trained_on=seen_before)
     replace_folder(temporary, folder)
 
 
@@ -200,7 +200,7 @@ def use_given_demos(cfg, folder):
         raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone, of more than {SHORTEST} "
                          f"frames: 'python data.py inspect {cfg.data}' lists those it has")
     unseen = held_out(mine, load(cfg, "play"))
-    segments = [s for s, judges in zip(mine, unseen) if not judges] or mine
+    segments = [s for s, heldout in zip(mine, unseen) if not heldout] or mine
     segments = segments[:cfg.demo_count]
     print(f"  {len(segments)} demonstrations of {cfg.task} in {cfg.data}")
     pack_segments(cfg, "demos", folder, segments)

@@ -94,28 +94,31 @@ def probe_targets(recording, frames):
     return torch.from_numpy(np.concatenate([fixtures, tcp], -1)).to(recording.cfg.device)
 
 
-def judge_world_model(recording, judges, views, length, rng):
+def judge_world_model(recording, heldout, watch_and_dream, rng):
     """Held-out open-loop errors and the replay share, read by a linear probe fitted on training play only.
 
-    recording: the play; judges: demonstrations of all tasks that nothing is trained on, or None;
-    views(recording, starts, length, last) -> posterior and dreamed features, frames.
+    recording: the play; heldout: demonstrations of all tasks that nothing is trained on, or None;
+    watch_and_dream(recording, starts, length, last) -> posterior and dreamed features, frames.
     Without scene state only the arm can be judged.  -> tables for the report"""
+    length = recording.ds.window_length()
     train_episodes, test_episodes = recording.ds.split()
-    seen, dreamed, frames = views(recording, rng.choice(window_starts(train_episodes, length), 300), length)
+    starts = rng.choice(window_starts(train_episodes, length), 300)
+    seen, dreamed, frames = watch_and_dream(recording, starts, length)
     target = probe_targets(recording, frames)
     probe = fit_probe(torch.cat([seen, dreamed]).flatten(0, 1), torch.cat([target, target]).flatten(0, 1))
-    _, dreamed, frames = views(recording, rng.choice(window_starts(test_episodes, length), 400), length)
+    starts = rng.choice(window_starts(test_episodes, length), 400)
+    _, dreamed, frames = watch_and_dream(recording, starts, length)
     truth = probe_targets(recording, frames)
     errors = open_loop_errors(read_probe(probe, dreamed), truth, recording.cfg.wm_stride)
     if not recording.ds.has_scene:
         errors = [row for row in errors if row["what"] == "tcp"]
     tables = dict(open_loop=errors, replay_share={}, replay_share_watched={})
-    segments = judges.ds.segments if judges else []
-    for task in [name for name in TASKS if any(t == name for t, _, _ in segments) and judges.has_rule(name)]:
+    segments = heldout.ds.segments if heldout else []
+    for task in [name for name in TASKS if any(t == name for t, _, _ in segments) and heldout.has_rule(name)]:
         first, last = np.array([(a, b) for t, a, b in segments if t == task]).T
-        seen, dreamed, frames = views(judges, first, int((last - first).max()) + 1, last)
+        seen, dreamed, frames = watch_and_dream(heldout, first, int((last - first).max()) + 1, last)
         column = list(PROBED.values()).index(TASKS[task].index)
-        truth = probe_targets(judges, frames)[..., column]
+        truth = probe_targets(heldout, frames)[..., column]
         for name, feature in (("replay_share", dreamed), ("replay_share_watched", seen)):
             tables[name][task] = share_of_change(read_probe(probe, feature)[..., column], truth)
     return tables
@@ -168,32 +171,35 @@ def share_of_change(guess, truth):
     return (guessed / true > 0.6).float().mean().item()
 
 
-def trust(task, verdict, play, judges, views, length, rng):
+@torch.no_grad()
+def trust(task, success, play, heldout, watch_and_dream, rng):
     """Can the dream tell success from failure?  Recorded attempts that nothing was trained on are dreamed
     again, action by action, from their first frame.
 
-    Held-out demonstrations that succeed within `length` frames (judges, or None); and, where a rule can tell,
+    Held-out demonstrations that succeed within `length` frames (or None); and, where a rule can tell,
     as long stretches of held-out play from where the task can be done: most of it does something else, some
     of it fails nearly, and what succeeds does so in passing.
-    verdict(features [W, T, F]) -> [W] bool, the classifier's.
+    success(features [W, T, D]) -> bool [W, T], the classifier's.
     -> for both [[successes judged successes, judged failures],
                  [failures judged successes, judged failures]]"""
+    length = play.ds.window_length()
     windows = []
     if play.has_rule(task):
         starts = window_starts(play.ds.split()[1], length)
         starts = starts[possible(task, play.scene[starts])]
         windows.append(("play", play, rng.choice(starts, min(200, len(starts)), replace=False), None))
-    if judges:
-        first, last = np.array([(a, b) for t, a, b in judges.ds.segments if t == task], int).reshape(-1, 2).T
-        windows.append(("demonstrations", judges, first, np.minimum(last, first + length - 1)))
+    if heldout:
+        first, last = np.array([(a, b) for t, a, b in heldout.ds.segments if t == task], int).reshape(-1, 2).T
+        windows.append(("demonstrations", heldout, first, np.minimum(last, first + length - 1)))
     tables = dict(demonstrations=np.zeros((2, 2), int), play=np.zeros((2, 2), int))
     for name, recording, begin, end in windows:
         if len(begin):
-            _, dreamed, frames = views(recording, begin, length, end)
+            _, dreamed, frames = watch_and_dream(recording, begin, length, end)
             truth = recording.success(task, frames[:, :1], frames).any(1)
             # a slower demonstration is cut before it succeeds: it is no failure
             counts = truth | (name == "play")
-            np.add.at(tables[name], (1 - truth[counts], 1 - verdict(dreamed)[counts]), 1)
+            believed = success(dreamed).any(1).cpu().numpy()
+            np.add.at(tables[name], (1 - truth[counts], 1 - believed[counts]), 1)
     return {name: table.tolist() for name, table in tables.items()}
 
 

@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock, Timeout                      # comes with torch
 
 import calvin_sim
-from data import Dataset
+from data import Dataset, Recording
 from support import calvin_real, report
 from support.files import ELSEWHERE, InputError, write_atomic, writing
 from support.fingerprint import code_of, definitions
@@ -128,6 +128,7 @@ def saved_settings(path, fields):
         raise InputError(f'{path} has no "settings": correct it, '
                          "or delete it and give your settings as flags")
     types = {f.name: f.type for f in fields}
+    settings = {name: value for name, value in settings.items() if name not in FORMER}
     for name, value in settings.items():
         if name not in types:
             raise InputError(f"{path} names {name}, which is no setting{hint(name, types)}: "
@@ -138,6 +139,9 @@ def saved_settings(path, fields):
                              "correct that line")
     forgotten = ("stage", "task", "run", "runs", "device", "workers", "keep", "policy")
     return {name: types[name](value) for name, value in settings.items() if name not in forgotten}
+
+
+FORMER = ("reward_rounds",)         # settings of older versions, which a config.json may still name
 
 
 def known(value, allowed, name):
@@ -320,12 +324,31 @@ def outdated(cfg, stage, change):
                       f"run --stage {stage} again (or --stage all), or use it as it is with --keep {stage}")
 
 
-def load_judges(cfg):
+def load_heldout(cfg):
     """Demonstrations that only judge, recorded beside the play.
 
     None where there are none (--play_replay 0, or no segments)."""
     folder = output(cfg, "play").with_name("replay")
     return Dataset(folder) if folder.exists() else None
+
+
+def heldout_recording(cfg, wm):
+    """The same as a Recording that the world model can look at, or None."""
+    dataset = load_heldout(cfg)
+    return dataset and Recording(cfg, dataset, wm)
+
+
+def policy_weights(cfg, policy):
+    """The weights of an actor: of "bc", "tuned" or the iteration of a snapshot."""
+    if policy == "bc":
+        return load(cfg, "bc")["actor"]
+    tuned = load(cfg, "finetune")
+    if policy == "tuned":
+        return tuned["actor"]
+    if policy not in tuned["snapshots"]:
+        raise InputError(f"there is no snapshot {policy}: give {', '.join(tuned['snapshots'])}, tuned or bc")
+    snapshot = {f"net.{name}": value for name, value in tuned["snapshots"][policy].items()}
+    return dict(tuned["actor"], **snapshot)
 
 
 def save(path, content):
@@ -383,8 +406,8 @@ def restore(cfg, stage, state):
 
 
 def first_seed(cfg, purpose, task=None):
-    """The first simulator seed for play, judges, demos, eval or curve; none is shared by two."""
-    places = {"play": (0, 0), "judges": (500_000, 1000), "demos": (700_000, 10_000),
+    """The first simulator seed for play, heldout, demos, eval or curve; none is shared by two."""
+    places = {"play": (0, 0), "heldout": (500_000, 1000), "demos": (700_000, 10_000),
               "eval": (900_000, 10_000), "curve": (905_000, 10_000)}
     base, step = places[purpose]
     return 1_000_000 * (cfg.seed + 1) + base + step * (list(calvin_sim.TASKS).index(task) if task else 0)
@@ -403,7 +426,7 @@ class Updates:
 
         updates = Updates(cfg, "wm", total, state)
         for i, rng in updates:
-            ...                                             # one gradient step, numpy's random numbers from rng
+            ...                                             # one gradient step; rng is numpy's
             updates.log(metrics)                            # {name: 0-d tensor}
 
     state: {name: object with state_dict}, saved every SAVE_EVERY seconds and restored when the program was
@@ -659,7 +682,7 @@ CHOICES = {
     "bc_actor": ("diffusion", "gaussian"),
     "reward_labels": ("unlabelled", "demos", "predicate"),
 }
-COUNTS = ("play_replay", "wm_octaves", "reward_rounds", "ft_warmup", "eval_curve")
+COUNTS = ("play_replay", "wm_octaves", "ft_warmup", "eval_curve")
 POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std",
             "ft_clip", "ft_clip_first")
 SHARES = ("wm_balance", "bc_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda", "ft_gamma_denoise")
@@ -725,12 +748,6 @@ def check_config(cfg):
     if not 1 <= cfg.ft_steps <= cfg.bc_steps:
         raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), "
                          f"not {cfg.ft_steps}")
-    if cfg.reward_rounds and cfg.reward_labels != "unlabelled":
-        raise InputError(f"--reward_rounds {cfg.reward_rounds} lets unlabelled play change sides, but "
-                         f"--reward_labels {cfg.reward_labels} has none: give --reward_rounds 0")
-    if cfg.reward_rounds >= cfg.reward_updates:
-        raise InputError(f"--reward_rounds {cfg.reward_rounds} must be fewer than "
-                         f"--reward_updates {cfg.reward_updates}")
     if cfg.ft_iterations <= cfg.ft_warmup:
         raise InputError(f"--ft_iterations {cfg.ft_iterations} would train the critic only, for the actor "
                          f"waits for --ft_warmup {cfg.ft_warmup}: give more iterations or less warm-up")

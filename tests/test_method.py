@@ -863,7 +863,7 @@ def test_linear_codec_is_an_autoencoder():
     codec = diwa.LinearCodec(tiny(image_size=16, wm_codes=40))
     frames = moving_dot(48)
     for name in ("static", "gripper"):
-        codec.fit(name, frames)
+        codec.fit_camera(name, frames)
     codes = codec.encode(frames, frames)
     assert codes.shape == (48, 60) and codec.size == 60
     x = frames.float() / 127.5 - 1
@@ -879,8 +879,8 @@ def test_a_camera_that_shows_nothing_is_no_nan():
     stays finite."""
     codec = diwa.LinearCodec(tiny(image_size=16, wm_codes=40))
     frames = moving_dot(48)
-    codec.fit("static", frames)
-    codec.fit("gripper", torch.zeros_like(frames))
+    codec.fit_camera("static", frames)
+    codec.fit_camera("gripper", torch.zeros_like(frames))
     codes = codec.encode(frames, torch.zeros_like(frames))
     assert (codec.gripper_std == 0).all() and codec.whiten(codes).isfinite().all()
 
@@ -1133,7 +1133,7 @@ def recorded(source="test", **changes):
     wm = diwa.WorldModel(cfg)
     dataset = FakeDataset([(0, 19), (20, 44)], source)
     for name in ("static", "gripper"):
-        wm.codec.fit(name, torch.from_numpy(dataset[f"rgb_{name}"]))
+        wm.codec.fit_camera(name, torch.from_numpy(dataset[f"rgb_{name}"]))
     return cfg, wm, dataset, data.Recording(cfg, dataset, wm)
 
 
