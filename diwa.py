@@ -6,7 +6,6 @@
     python diwa.py --help                          every setting, its default and the paper's value
 
 Read it top to bottom; each section is one idea.  What no paper mentions is in support/.
-
     1 Config          every setting, once                      5 Dream     a world model is an environment
     2 World model     pixels + actions -> imagined futures     6 PPO       credit for every denoising step
     3 Actor           a policy that denoises action chunks     7 Agent     what a robot would run
@@ -19,19 +18,15 @@ Symbols
     h deterministic and z stochastic latent    D size of the feature [h, z, c]    E size of an embedding
     target: the pose that the arm has been told to reach, in m and rad
     command c: the same in a network's units, and the last gripper command
-
-One action, 30 a second = dx dy dz (20 mm a unit), droll dpitch dyaw (0.05 rad), gripper (-1 close, +1 open).
+    action, 30 a second: dx dy dz (20 mm a unit), droll dpitch dyaw (.05 rad), gripper (-1 close, +1 open)
 
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line)
     - dreams start from *recorded* frames, also amid attempts; the official code resets the simulator;
     - practice is short, at ten times the learning rate: dreams cannot tell when it begins to exploit them;
     - one step of the world model spans two control steps: half as many guesses for the same future;
-    - the transition is told the commanded pose c and sines of it: CALVIN's arm chases a target to which each
-      action adds;
-    - each dream misplaces the arm by a few millimetres, so that the policy keeps a margin, and success must
-      show in two steps of the model running;
-    - the preset `cpu` learns on linear codes of the frames and Gaussian latents, not on convolutions and
-      categoricals (`gpu`, `paper`);
+    - the transition is told the commanded pose c: CALVIN's arm chases a target to which each action adds;
+    - each dream misplaces the arm by millimetres, so that the policy keeps a margin;
+    - the preset `cpu` learns on linear codes and Gaussian latents, not convolutions and categoricals;
     - the prior is also trained open loop, as it is used in a dream, and with noisy inputs;
     - the classifier compares the current feature with the first one, because CALVIN's task rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
@@ -50,23 +45,22 @@ from calvin_sim import advance_target
 from data import Recording, action_chunks, decode_pose, encode_command, encode_proprio, window_starts
 from support import evaluate, report
 from support.files import InputError
-from support.linear_codec import LinearCodec
+from support.linear import LinearCodec, likeness
 from support.record import stage_demos, stage_play
-from support.runs import (Snapshots, Updates, command_line, cosine_lr, heldout_recording, load, output,
-                          policy_weights, restore, save_result, seed_everything)
+from support.runs import (RunSettings, Snapshots, Updates, command_line, cosine_lr, heldout_recording, load,
+                          output, policy_weights, restore, save_result, seed_everything)
 
 ACTION = 7                          # numbers of an action, and of a command
 POSE = 6                            # position and Euler angles of the tool
 PROPRIO = 15                        # CALVIN's robot_obs: pose, gripper width, joints, last gripper command
 TIME = 16                           # size of a denoising step's embedding
 
-# ============================================================================================================
-# 1  Config.  Every setting of the program, once.  A field's prefix names its stage, which is done again when
-#    one of its fields, or of the stages it reads from, has changed.  Presets are differences to the defaults.
-# ============================================================================================================
+# 1  Config ==================================================================================================
+#    Every setting of the program, once.  A field's prefix names its stage, which is done again when one of
+#    its fields, or of the stages it reads from, has changed.  Presets are differences to the defaults.
 
 @dataclass
-class Config:
+class Config(RunSettings):          # which adds the bookkeeping: --run, --preset, --sim, --data ...
     # eight worth turning first
     task: str = "move_slider_right" # one of CALVIN's eight tasks, see the end of --help; or all
     seed: int = 0                   # every random number of the run follows from it
@@ -76,19 +70,6 @@ class Config:
     reward_labels: str = "unlabelled"  # unlabelled play as negatives; demos (paper); predicate: by the rule
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_bc: float = 0.05             # alpha_BC, pull to the cloned policy (paper: .05; ten demos: .01)
-    # the run
-    stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report; or all
-    preset: str = "auto"            # cpu, gpu, paper or smoke; auto = gpu where CUDA is, else cpu
-    run: str = ""                   # name of the run folder; default: the preset's name
-    runs: str = "runs"              # where run folders are kept
-    device: str = "auto"            # cpu, cuda or auto
-    workers: int = 2                # simulator processes
-    policy: str = ""                # with --stage eval: bc, tuned or a snapshot, tried alone
-    keep: str = ""                  # stages (comma-separated) to use although their code has changed
-    sim: str = "tabletop"           # tabletop, calvin (needs --calvin_root) or none (needs --data)
-    calvin_root: str = "calvin_env"  # folder of the cloned calvin_env
-    data: str = ""                  # a recording (data.py): its frames are play, its segments demonstrations
-    image_size: int = 64            # pixels a side of both cameras (paper: 64)
     # play: task-agnostic interaction, the world model's only food
     play_episode: int = 250         # frames of one episode
     play_replay: int = 20           # demonstrations of each task that only judge world model and classifier
@@ -182,9 +163,9 @@ PRESETS = {
         ft_snapshot=2, eval_episodes=8, eval_curve=4),
 }
 
-# ============================================================================================================
-# 2  World model.  A recurrent state-space model (DreamerV2, eq. 1): it watches both cameras and the robot's
-#    own pose, keeps a deterministic memory h and a stochastic guess z, and learns to foresee z unseen.
+# 2  World model =============================================================================================
+#    A recurrent state-space model (DreamerV2, eq. 1): it watches both cameras and the robot's own pose, keeps
+#    a deterministic memory h and a stochastic guess z, and learns to foresee z unseen.
 #
 #        h_t  = GRU(h_{t-1}, [z_{t-1}, a_{t-1}, c_t])  what has happened
 #        z^_t ~ prior(h_t)                             what the frame should look like    <- dreams use this
@@ -196,7 +177,16 @@ PRESETS = {
 #    c_t are all the actions between two frames and the commands that they led to (the feature and the decoder
 #    take the last command).  Alignment matters: step t consumes what was executed BEFORE frame t.  Every
 #    training sequence starts from the zero state, because that is how each dream and each deployment starts.
-# ============================================================================================================
+
+def descend(loss, *optimizers, clip=None):
+    """One gradient step of each optimizer -> the gradient's norm, where it is clipped."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(optimizers[0].param_groups[0]["params"], clip) if clip else None
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
 
 def mlp(sizes, activation=nn.ELU, norm=True):
     """Linear (LayerNorm) activation ... Linear; LUMOS normalises the pre-activations with eps 1e-3."""
@@ -207,7 +197,6 @@ def mlp(sizes, activation=nn.ELU, norm=True):
 
 class NormGRU(nn.Module):
     """A GRU cell with LayerNorm on its gates and an update bias of -1: at first it remembers (DreamerV2)."""
-
     def __init__(self, inputs, size):
         super().__init__()
         self.linear = nn.Linear(inputs + size, 3 * size, bias=False)
@@ -218,7 +207,7 @@ class NormGRU(nn.Module):
         update = torch.sigmoid(update - 1)
         return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * h
 
-# Frames reach the model through LinearCodec (principal components, support/linear_codec.py) or through these
+# Frames reach the model through LinearCodec (principal components, support/linear.py) or through these
 
 def half_precision(x):
     """Convolutions in bfloat16 where the GPU has it: most of the conv presets' time is theirs."""
@@ -227,7 +216,6 @@ def half_precision(x):
 
 class ConvEncoder(nn.Module):
     """One convolutional network a camera, 64 -> 31 -> 14 -> 6 -> 2 pixels (DreamerV2)."""
-
     def __init__(self, cfg):
         super().__init__()
         d = cfg.wm_depth
@@ -236,8 +224,7 @@ class ConvEncoder(nn.Module):
             for a, b in ((3, d), (d, 2 * d), (2 * d, 4 * d), (4 * d, 8 * d)):
                 layers += [nn.Conv2d(a, b, 4, 2), nn.ELU()]
             return nn.Sequential(*layers, nn.Flatten())
-        self.static = camera()
-        self.gripper = camera()
+        self.static, self.gripper = camera(), camera()
         self.size = 2 * 8 * d * 4
         self.to(memory_format=torch.channels_last)
 
@@ -253,7 +240,6 @@ class ConvEncoder(nn.Module):
 
 class ConvDecoder(nn.Module):
     """Feature -> both mean images; transposed convolutions with kernels 5, 5, 6, 6 (DreamerV2)."""
-
     def __init__(self, cfg, inputs):
         super().__init__()
         d = cfg.wm_depth
@@ -264,8 +250,7 @@ class ConvDecoder(nn.Module):
                 nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), nn.ELU(),
                 nn.ConvTranspose2d(2 * d, d, 6, 2), nn.ELU(),
                 nn.ConvTranspose2d(d, 3, 6, 2))
-        self.static = camera()
-        self.gripper = camera()
+        self.static, self.gripper = camera(), camera()
         self.to(memory_format=torch.channels_last)
 
     def forward(self, feature):
@@ -356,10 +341,7 @@ class WorldModel(nn.Module):
     def embed(self, obs):
         """obs: proprio [..., 15], and codes [..., k] or both frames u8 [..., S, S, 3] -> [..., E]"""
         if self.codec:
-            codes = obs.get("codes")
-            if codes is None:
-                codes = self.codec.encode(obs["rgb_static"], obs["rgb_gripper"])
-            seen = self.blur(self.codec.whiten(codes))
+            seen = self.blur(self.codec.whiten(self.codec.codes_of(obs)))
         else:
             seen = self.conv(obs["rgb_static"], obs["rgb_gripper"])
         return torch.cat([self.fuse(seen), obs["proprio"]], -1)
@@ -380,8 +362,7 @@ class WorldModel(nn.Module):
         return self.transition(h, z, self.moved(action, command))
 
     def moved(self, action, command):
-        """What the arm was told [..., wm_hidden].
-        Contact is a sharp function of position, which networks learn late; sines of it help (NeRF)."""
+        """What the arm was told [..., wm_hidden]; contact is sharp in position, so sines help (NeRF)."""
         position = command.unflatten(-1, (-1, ACTION))[..., :3].flatten(-2)         # [..., stride * 3]
         inputs = [action, command]
         for k in range(self.cfg.wm_octaves):
@@ -405,7 +386,7 @@ class WorldModel(nn.Module):
         h, z = self.initial(streams * B, action.device)
         moved = self.moved(self.blur(action, 3), self.blur(command)).repeat(streams, 1, 1)
         seen = self.post_e(embedding)                       # what needs no recurrence, for all T at once
-        hs, zs, posts, priors = [], [], [], []
+        steps = []
         for t in range(T):
             h = self.transition(h, z, moved[:, t])
             prior = self.prior(h)
@@ -416,14 +397,12 @@ class WorldModel(nn.Module):
                 dreamed = sample_latent(prior[B:], self.cfg)
                 h = torch.cat([h[:B], torch.where(watching, h[:B], h[B:])])
                 z = torch.cat([z, torch.where(watching, z, dreamed)])
-            hs.append(h)
-            zs.append(z)
-            posts.append(post)
-            priors.append(prior[:B])
+            steps.append((h, z, post, prior[:B]))
+        hs, zs, posts, priors = (torch.stack(x, 1) for x in zip(*steps))
         last = command[..., -ACTION:].repeat(streams, 1, 1)
-        feature = torch.cat([torch.stack(hs, 1), torch.stack(zs, 1), last], -1)     # [streams * B, T, D]
+        feature = torch.cat([hs, zs, last], -1)                           # [streams * B, T, D]
         dreamed = feature[B:] if streams == 2 else None
-        return feature[:B], (torch.stack(posts, 1), torch.stack(priors, 1)), dreamed
+        return feature[:B], (posts, priors), dreamed
 
     def proprio(self, feature):
         """What the model believes of the robot's own state [..., 15]; the pose lags behind the command."""
@@ -499,12 +478,11 @@ def world_model_loss(wm, batch, cfg):
         metrics.update(open_image=dreamed_image, open_pose=dreamed_pose)
     return loss, metrics
 
-# ============================================================================================================
-# 3  Actor.  A diffusion policy turns noise into a chunk of H actions in K denoising steps (DDPM, eq. 11),
-#    conditioned on the world model's feature.  Cloning trains the denoiser to predict the noise that was
-#    added to a demonstrated chunk.  For PPO (section 6) each of the last K' steps is a Gaussian whose
-#    log-density we can write down; that is the whole trick of DPPO.  The paper counts steps k = K..1, the
-#    code t = k - 1:
+# 3  Actor ===================================================================================================
+#    A diffusion policy turns noise into a chunk of H actions in K denoising steps (DDPM, eq. 11), conditioned
+#    on the world model's feature.  Cloning trains the denoiser to predict the noise that was added to a
+#    demonstrated chunk.  For PPO (section 6) each of the last K' steps is a Gaussian whose log-density we can
+#    write down; that is the whole trick of DPPO.  The paper counts steps k = K..1, the code t = k - 1:
 #
 #        paper's k     code's t      turns           into          net    std in practice   std on the robot
 #        K ... K'+1    K-1 ... K'    noise           chain[0]      base   max(sigma, .1)    max(sigma, .001)
@@ -512,11 +490,9 @@ def world_model_loss(wm, batch, cfg):
 #        1             0             chain[K'-1]     chain[K']     net    .1                0
 #
 #    base is the cloned net, frozen; net is its copy that PPO trains; chain[K'] is what the arm executes.
-# ============================================================================================================
 
 class TimeEmbedding(nn.Sequential):
     """A denoising step t [...], as sinusoids and through two layers -> [..., TIME]"""
-
     def __init__(self):
         super().__init__(nn.Linear(TIME, 2 * TIME), nn.Mish(), nn.Linear(2 * TIME, TIME))
 
@@ -527,7 +503,6 @@ class TimeEmbedding(nn.Sequential):
 
 class MLPDenoiser(nn.Module):
     """[chunk, time, feature] -> Linear -> one pre-activation residual block -> noise (DPPO's network)."""
-
     def __init__(self, cfg, feature_size):
         super().__init__()
         flat = cfg.bc_chunk * ACTION
@@ -548,7 +523,6 @@ class MLPDenoiser(nn.Module):
 
 class FiLMBlock(nn.Module):
     """Two convolutions over the chunk; time and feature scale and shift the channels between them."""
-
     def __init__(self, a, b, condition):
         super().__init__()
         def conv(i, o):
@@ -564,14 +538,12 @@ class FiLMBlock(nn.Module):
 
 class UNetDenoiser(nn.Module):
     """A 1-D convolutional UNet over the chunk's time axis, channels 64, 128, 256 (Diffusion Policy)."""
-
     def __init__(self, cfg, feature_size):
         super().__init__()
         c = TIME + feature_size
         n = (64, 128, 256)
         self.time = TimeEmbedding()
-        sizes = ((ACTION, n[0]), (n[0], n[1]), (n[1], n[2]))
-        self.down = nn.ModuleList([FiLMBlock(a, b, c) for a, b in sizes])
+        self.down = nn.ModuleList([FiLMBlock(a, b, c) for a, b in ((ACTION, n[0]), n[:2], n[1:])])
         self.halve = nn.ModuleList([nn.Conv1d(n[0], n[0], 3, 2, 1), nn.Conv1d(n[1], n[1], 3, 2, 1)])
         self.up = nn.ModuleList([FiLMBlock(2 * n[1], n[1], c), FiLMBlock(2 * n[0], n[0], c)])
         self.widen = nn.ModuleList([nn.ConvTranspose1d(n[2], n[1], 4, 2, 1),
@@ -597,7 +569,6 @@ def gaussian_logprob(x, mean, std):
 class DiffusionActor(nn.Module):
     """net: the trainable denoiser.  base: while cloning its moving average, then its frozen copy, which makes
     the first K - K' steps and anchors fine-tuning."""
-
     def __init__(self, cfg, feature_size):
         super().__init__()
         self.cfg = cfg
@@ -662,13 +633,12 @@ class DiffusionActor(nn.Module):
 
 class GaussianActor(nn.Module):
     """The plain alternative behind the same interface: one Gaussian a chunk, a chain with one link."""
-
     def __init__(self, cfg, feature_size):
         super().__init__()
         self.cfg = cfg
         self.ft_steps = 1
-        sizes = [feature_size, cfg.bc_hidden, cfg.bc_hidden, cfg.bc_chunk * ACTION]
-        self.net = mlp(sizes, nn.Mish, norm=False)
+        n = cfg.bc_hidden
+        self.net = mlp([feature_size, n, n, cfg.bc_chunk * ACTION], nn.Mish, norm=False)
         self.base = copy.deepcopy(self.net).requires_grad_(False)
 
     def mean(self, net, feature):
@@ -702,11 +672,10 @@ def ema_update(average, net, decay, step):
         a.lerp_(b, 1 - decay)
 
 def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
-    """The moments of every demonstration until just after its success, in windows that start every `offsets`
-    frames (an odd number, so that with a stride of 2 even and odd moments take turns).  Each window is run
-    twice, watched and dreamed: the robot's policy sees the former, PPO's the latter, so cloning and the
-    classifier train on both.  What follows success is another task's beginning: counted as success, it
-    teaches where arms go afterwards.
+    """The moments of every demonstration until just after its success (what follows is another task's
+    beginning), in windows that start every `offsets` frames: an odd number, so that with a stride of 2 even
+    and odd moments take turns.  Each window is run twice, watched and dreamed: the robot's policy sees the
+    former, PPO's the latter, so cloning and the classifier train on both.
     -> feature, first feature of the same window [P, D], frame numbers [P], start frames [P]"""
     starts = []                                             # first frame, and the last that counts
     for _, a, b in recording.ds.segments:
@@ -717,23 +686,21 @@ def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
     length = int((starts[:, 1] - starts[:, 0]).max()) + 1
     moments = starts[:, :1] + np.arange(0, length, cfg.wm_stride)                         # [W, T]
     inside = moments <= starts[:, 1:]
-    feature, first, frame, start = [], [], [], []
+    parts = []
     for _ in range(draws):
         seen, dreamed, frames = wm.watch_and_dream(recording, starts[:, 0], length, starts[:, 1])
+        begin = np.broadcast_to(starts[:, :1], frames.shape)
         for f in (seen, dreamed):
             rows = torch.from_numpy(inside).to(f.device)
-            feature.append(f[rows])
-            first.append(f[:, :1].expand_as(f)[rows])
-            frame.append(frames[inside])
-            start.append(np.broadcast_to(starts[:, :1], frames.shape)[inside])
+            parts.append((f[rows], f[:, :1].expand_as(f)[rows], frames[inside], begin[inside]))
+    feature, first, frame, start = zip(*parts)
     return torch.cat(feature), torch.cat(first), np.concatenate(frame), np.concatenate(start)
 
-# ============================================================================================================
-# 4  Reward.  Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules
-#    compare now with the start ("the drawer has been closed by 12 cm"), so ours sees the first feature and
-#    the change since.  Demonstrations say what success looks like; play, unlabelled, says what everything
-#    else looks like, and that is what PPO will try to sell as success.
-# ============================================================================================================
+# 4  Reward ==================================================================================================
+#    Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules compare now
+#    with the start ("the drawer has been closed by 12 cm"), so ours sees the first feature and the change
+#    since.  Demonstrations say what success looks like; play, unlabelled, says what everything else looks
+#    like, and that is what PPO will try to sell as success.
 
 class Classifier(nn.Module):
     def __init__(self, cfg, feature_size):
@@ -773,16 +740,14 @@ def classifier_loss(model, first, feature, label, weight, cfg):
     contrast = nt_xent(embedding, label, cfg.reward_tau)
     return contrast + cfg.reward_ce * entropy, dict(contrast=contrast, entropy=entropy)
 
-# ============================================================================================================
-# 5  Dream.  A world model is an environment: reset() returns features, step() takes chunks.  Nothing here, or
-#    in the next section, touches a simulator.  A finished dream starts again from another recorded frame.
-# ============================================================================================================
+# 5  Dream ===================================================================================================
+#    A world model is an environment: reset() returns features, step() takes chunks.  Nothing here, or in the
+#    next section, touches a simulator.  A finished dream starts again from another recorded frame.
 
 class DreamEnv:
     """B imagined arms.  reset() -> feature [B, D]
     step(chunk [B, H, A]) -> feature, reward, terminated, truncated, final; `feature` belongs to the restarted
     dream where one ended, `final` is always the true next feature, to bootstrap from."""
-
     def __init__(self, cfg, wm, classifier, embedding, command, target, dreams, horizon):
         """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from"""
         self.cfg = cfg
@@ -823,9 +788,8 @@ class DreamEnv:
         done = terminated | truncated
         new = self.draw(len(chunk))
         now = dict(now, first=first, age=age, shift=shift)
-        self.state = {}
-        for key, value in now.items():
-            self.state[key] = torch.where(done[:, None] if value.dim() > 1 else done, new[key], value)
+        self.state = {key: torch.where(done[:, None] if value.dim() > 1 else done, new[key], value)
+                      for key, value in now.items()}
         return feature_of(self.state), reward, terminated, truncated, final
 
 def feature_of(state):
@@ -845,9 +809,8 @@ def dream_step(wm, state, action, shift=0.0):
     return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
 
 def dream_chunk(wm, classifier, state, first, chunk, shift=0.0):
-    """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two steps of the
-    model look like success.  One would do for a robot; but sampled latents flicker, and a policy learns to
-    wait for that."""
+    """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two steps look
+    like success.  One would do for a robot; but latents flicker, and a policy learns to wait for that."""
     for action in chunk.split(wm.cfg.wm_stride, 1):
         before = state
         state = dream_step(wm, state, action, shift)
@@ -858,12 +821,11 @@ def executed(action):
     grip = torch.where(action[..., 6:] >= 0, 1.0, -1.0)
     return torch.cat([action[..., :6].clamp(-1, 1), grip], -1)
 
-# ============================================================================================================
-# 6  PPO through the chain (DPPO).  One decision of the dream, a chunk, is K' small decisions, the denoising
-#    steps; each gets the chunk's advantage, discounted by how many steps are left to clean it.  Four things
-#    to get right: average a chunk's log-probs (chain_logprob), give noisy steps a tighter clip, bootstrap a
-#    cut dream from its own last feature, and stay close to what was cloned.
-# ============================================================================================================
+# 6  PPO through the chain (DPPO) ============================================================================
+#    One decision of the dream, a chunk, is K' small decisions, the denoising steps; each gets the chunk's
+#    advantage, discounted by how many steps are left to clean it.  Four things to get right: average a
+#    chunk's log-probs (chain_logprob), give noisy steps a tighter clip, bootstrap a cut dream from its own
+#    last feature, and stay close to what was cloned.
 
 def gae(reward, value, next_value, terminated, truncated, gamma, lam):
     """Generalised advantage estimation over chunks (1506.02438, eq. 16), all [T, B] -> advantage, return
@@ -885,7 +847,6 @@ def clip_schedule(cfg, steps, device):
 class RewardScaler(nn.Module):
     """Divides rewards by the running std of the discounted return, clipped to +-10; its state is saved.  It
     counts a whole rollout before scaling it; DPPO's takes in one time step after the other."""
-
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
@@ -941,7 +902,7 @@ def ppo_loss(cfg, actor, critic, b):
                    clipped=((ratio - 1).abs() > clip).float().mean())
     return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
 
-def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
+def ppo_iteration(cfg, env, actor, critic, scaler, *optimizers):
     """Dream, from new starts (so that a resumed run misses nothing), then learn from it.  -> diagnostics"""
     roll = dream_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
@@ -954,35 +915,26 @@ def ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor):
     data = {key: value.flatten(0, 1) for key, value in data.items()}                      # [T * B, ...]
     if cfg.ft_bc:
         data["anchor"] = actor.sample_chain(data["feature"], frozen=True)
-    n = len(data["feature"])
     history = []
     for _ in range(cfg.ft_epochs):
-        for index in torch.randperm(n, device=data["feature"].device).chunk(cfg.ft_minibatches):
+        for index in torch.randperm(over.numel(), device=over.device).chunk(cfg.ft_minibatches):
             loss, metrics = ppo_loss(cfg, actor, critic, {k: v[index] for k, v in data.items()})
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizers["critic"].step()
-            if train_actor:
-                optimizers["actor"].step()
+            descend(loss, *optimizers)
             history.append(metrics)
     out = {k: torch.stack([m[k].detach() for m in history]).mean() for k in history[0]}
     out["explained"] = 1 - (returns - roll["value"]).var() / (returns.var() + 1e-8)
-    # Each dream's first end, since one that began anew may have had no time to fail
-    ends = over & (over.cumsum(0) == 1)
-    out["dream_success"] = (roll["terminated"] & ends).sum() / over.shape[1]
+    first_end = over & (over.cumsum(0) == 1)                # a dream begun anew may have had no time to fail
+    out["dream_success"] = (roll["terminated"] & first_end).sum() / over.shape[1]
     return out
 
-# ============================================================================================================
-# 7  Agent.  World model and actor as one object, the one a robot would run: it filters every wm_stride-th
-#    frame with the actions that led to it, and every H steps asks the actor for a new chunk.  Evaluation runs
-#    this object and nothing else.
-# ============================================================================================================
+# 7  Agent ===================================================================================================
+#    World model and actor as one object, the one a robot would run: it filters every wm_stride-th frame with
+#    the actions that led to it, and every H steps asks the actor for a new chunk.  Evaluation runs this
+#    object and nothing else.
 
 class Agent:
     """B robots in lock step.  reset(B); act(obs) -> actions [B, 7] with obs a dict of stacked observations.
     With a classifier it also has opinions: verdict() on what it sees, dream() on what would come."""
-
     def __init__(self, cfg, wm, actor, classifier=None):
         self.cfg = cfg
         self.wm = wm
@@ -1052,24 +1004,13 @@ class Agent:
             verdicts.append(reward > 0)
         return torch.stack(verdicts, 1).cpu().numpy()
 
-# ============================================================================================================
-# 8  Stages.  Each reads earlier results, writes its own, and can be run alone.
-# ============================================================================================================
+# 8  Stages ==================================================================================================
+#    Each reads earlier results, writes its own, and can be run alone.
 
 def load_world_model(cfg):
     wm = WorldModel(cfg).to(cfg.device)
     wm.load_state_dict(load(cfg, "wm")["model"])
     return wm.eval().requires_grad_(False)
-
-def descend(optimizer, loss, clip=None):
-    """One gradient step -> the gradient's norm, where it is clipped."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = None
-    if clip:
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
-    optimizer.step()
-    return norm
 
 def stage_wm(cfg):
     """Train the world model on play, then judge it on held-out play and on the demonstrations that judge."""
@@ -1082,16 +1023,15 @@ def stage_wm(cfg):
         wm.codec.fit(dataset, cfg.seed)
     recording = Recording(cfg, dataset, wm)
     wm.keeps_target.fill_(recording.keeps_target)
-    episodes, _ = dataset.split()
     window = np.arange(cfg.wm_length) * cfg.wm_stride
-    starts = window_starts(episodes, window[-1] + 1)
+    starts = window_starts(dataset.split()[0], window[-1] + 1)
 
     updates = Updates(cfg, "wm", cfg.wm_updates, state)
     for i, rng in updates:
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
         first = rng.choice(starts, cfg.wm_batch)
         loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + window), cfg)
-        metrics["norm"] = descend(optimizer, loss, cfg.wm_clip)
+        metrics["norm"] = descend(loss, optimizer, clip=cfg.wm_clip)
         updates.log(metrics)
 
     wm.eval().requires_grad_(False)
@@ -1107,9 +1047,8 @@ def stage_bc(cfg):
     recording = Recording(cfg, dataset, wm)
     seed_everything(cfg.seed, "bc", cfg.task, "init")
     feature, _, frame, _ = demonstration_features(cfg, wm, recording)
-    chunks = action_chunks(np.array(dataset["rel_actions"]), dataset.episodes, cfg.bc_chunk)
-    chunks = torch.from_numpy(chunks).to(cfg.device)
-    frame = torch.from_numpy(frame).to(cfg.device)
+    chunks = action_chunks(np.array(dataset["rel_actions"]), dataset.episodes, cfg.bc_chunk)[frame]
+    chunks = torch.from_numpy(chunks).to(cfg.device)                                      # [P, H, A]
     actor = build_actor(cfg, wm.feature_size)
     optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.bc_lr, weight_decay=1e-6)
 
@@ -1117,8 +1056,8 @@ def stage_bc(cfg):
     for i, _ in updates:
         cosine_lr(optimizer, cfg.bc_lr, i, cfg.bc_updates)
         index = torch.randint(0, len(feature), (cfg.bc_batch,), device=cfg.device)
-        loss = actor.bc_loss(feature[index], chunks[frame[index]])
-        descend(optimizer, loss)
+        loss = actor.bc_loss(feature[index], chunks[index])
+        descend(loss, optimizer)
         ema_update(actor.base, actor.net, cfg.bc_ema, i)
         updates.log(dict(loss=loss))
 
@@ -1163,8 +1102,7 @@ def stage_reward(cfg):
     play = Recording(cfg, load(cfg, "play"))                # little of it is looked at: no codes in advance
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     first, feature, kind = reward_pairs(cfg, wm, recording, play, rng)
-    pools = [torch.nonzero(kind == one)[:, 0] for one in (FAILURE, SUCCESS, UNLABELLED)]
-    pools = [pool for pool in pools if len(pool)]
+    pools = [torch.nonzero(kind == one)[:, 0] for one in kind.unique()]
     model = Classifier(cfg, wm.feature_size).to(cfg.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
     updates = Updates(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), every=50)
@@ -1173,7 +1111,7 @@ def stage_reward(cfg):
         weight = torch.where(kind[index] == UNLABELLED, cfg.reward_play, 1.0)
         label = (kind[index] == SUCCESS).long()
         loss, metrics = classifier_loss(model, first[index], feature[index], label, weight, cfg)
-        descend(optimizer, loss)
+        descend(loss, optimizer)
         updates.log(metrics)
 
     judged = report.trust(cfg.task, model.success_twice, play, heldout_recording(cfg, wm),
@@ -1195,42 +1133,36 @@ def dream_starts(cfg, wm):
     against play: no label, no scene state.  -> embedding [M, E], command [M, 7], target [M, 6]"""
     demos = Recording(cfg, load(cfg, "demos"))
     play = Recording(cfg, load(cfg, "play"))
-    spans = [np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments]
-    begin = np.concatenate(spans)
+    begin = [np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments]
     def rows(recording, frames):                            # [n, E], [n, 7], [n, 6]
-        embedding, command = [], []
-        for part in np.array_split(frames, len(frames) // 2000 + 1):
-            batch = recording.batch(part[:, None])
-            embedding.append(wm.embed(batch)[:, 0])
-            command.append(batch["command"][:, 0, -ACTION:])
-        target = recording.target[torch.from_numpy(frames)].to(cfg.device)
-        return torch.cat(embedding), torch.cat(command), target
-    near = rows(demos, begin)
+        seen = []
+        for some in np.array_split(frames, len(frames) // 2000 + 1):
+            batch = recording.batch(some[:, None])
+            seen.append((wm.embed(batch)[:, 0], batch["command"][:, 0, -ACTION:]))
+        embedding, command = (torch.cat(x) for x in zip(*seen))
+        return embedding, command, recording.target[torch.from_numpy(frames)].to(cfg.device)
+    near = rows(demos, np.concatenate(begin))
     if not cfg.ft_play:
         return near
     # Neighbours look alike, so every wm_stride-th frame, and none of the held-out episodes, which only judge
     frames = np.concatenate([np.arange(a, b + 1, cfg.wm_stride) for a, b in play.ds.split()[0]])
     every = rows(play, frames)
-    x = F.pad(torch.cat([near[0], every[0]]), (0, 1), value=1.0).double()
-    y = torch.arange(len(x), device=x.device) < len(begin)
-    weight = torch.where(y, len(every[0]) / len(begin), 1.0).double()[:, None]   # both kinds count the same
-    ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    likeness = x @ torch.linalg.solve((x * weight).T @ x + ridge, (x * weight).T @ y.double())
-    best = likeness[len(begin):].topk(max(1, int(cfg.ft_play * len(every[0])))).indices
-    return [torch.cat([a, b[best]]) for a, b in zip(near, every)]
+    alike = likeness(near[0], every[0]).topk(max(1, int(cfg.ft_play * len(every[0])))).indices
+    return [torch.cat([a, b[alike]]) for a, b in zip(near, every)]
 
 def finetune(cfg, env, actor):
     """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO, see support/evaluate.py)."""
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
     scaler = RewardScaler().to(cfg.device)
-    optimizers = dict(actor=torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr),
-                      critic=torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr))
+    actor_optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr)
     snapshots = Snapshots()
     state = dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots,
-                 actor_optimizer=optimizers["actor"], critic_optimizer=optimizers["critic"])
+                 actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     updates = Updates(cfg, "finetune", cfg.ft_iterations, state, every=1)
     for i, _ in updates:
-        updates.log(ppo_iteration(cfg, env, actor, critic, scaler, optimizers, i >= cfg.ft_warmup))
+        learning = [critic_optimizer, actor_optimizer][:1 if i < cfg.ft_warmup else 2]
+        updates.log(ppo_iteration(cfg, env, actor, critic, scaler, *learning))
         if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == cfg.ft_iterations:
             snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
 
@@ -1250,7 +1182,8 @@ def load_agent(cfg, policy):
 
 def stage_eval(cfg):
     """Before and after from the same start states: only here does the tuned policy meet a simulator."""
-    (evaluate.one_policy if cfg.policy else evaluate.before_and_after)(cfg, load_agent)
+    work = evaluate.one_policy if cfg.policy else evaluate.before_and_after
+    work(cfg, load_agent)
 
 def stage_report(cfg):
     """Tables and pictures from what the other stages left behind."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = ("diwa", "calvin_sim", "data", "support.calvin_real", "support.evaluate", "support.expert",
-          "support.linear_codec", "support.tabletop_model")
+          "support.linear", "support.tabletop_model")
 PASSED = ("support.record", "support.runs", "support.report", "support.files")   # on the way, but not counted
 
 

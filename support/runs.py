@@ -55,22 +55,42 @@ COMMON = ("seed", "sim", "image_size")
 
 # --- settings -----------------------------------------------------------------------------------------------
 
+@dataclasses.dataclass
+class RunSettings:
+    """What a run is called, where it lies and on what it runs; the method's settings are diwa.Config's."""
+    # the run
+    stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report; or all
+    preset: str = "auto"            # cpu, gpu, paper or smoke; auto = gpu where CUDA is, else cpu
+    run: str = ""                   # name of the run folder; default: the preset's name
+    runs: str = "runs"              # where run folders are kept
+    device: str = "auto"            # cpu, cuda or auto
+    workers: int = 2                # simulator processes
+    policy: str = ""                # with --stage eval: bc, tuned or a snapshot, tried alone
+    keep: str = ""                  # stages (comma-separated) to use although their code has changed
+    sim: str = "tabletop"           # tabletop, calvin (needs --calvin_root) or none (needs --data)
+    calvin_root: str = "calvin_env"  # folder of the cloned calvin_env
+    data: str = ""                  # a recording (data.py): its frames are play, its segments demonstrations
+    image_size: int = 64            # pixels a side of both cameras (paper: 64)
+
+
 def parse(argv, config, presets, description, epilog):
     """Flags over the run's config.json over the preset over the defaults -> an instance of `config`.
 
     That is a dataclass.  The comments behind the fields are the help texts: one place to read and to change
     them."""
     fields = dataclasses.fields(config)
-    helps = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(config), re.M))
     parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False)
-    for field in fields:
-        parser.add_argument(
-            f"--{field.name}",
-            type=field.type,
-            default=argparse.SUPPRESS,
-            metavar=field.type.__name__.upper(),
-            help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),
-        )
+    for title, names in groups_of(config).items():
+        group = parser.add_argument_group(title)
+        for name, text in names.items():
+            field = config.__dataclass_fields__[name]
+            group.add_argument(
+                f"--{name}",
+                type=field.type,
+                default=argparse.SUPPRESS,
+                metavar=field.type.__name__.upper(),
+                help=f"{text} [{field.default}]".replace("%", "%%"),
+            )
 
     def refuse(message):
         word = next((w for w in message.split() if w.startswith("--")), "").split("=")[0].rstrip(":")
@@ -95,6 +115,24 @@ def parse(argv, config, presets, description, epilog):
         preset = settings.get("preset", preset)
         known(preset, presets, "preset")
     return config(**{**settings, "run": preset, **given, "preset": preset})
+
+
+def groups_of(config):
+    """The settings in the order of the source -> {heading: {name: help text}}
+
+    A comment line is a heading, the comment behind a field its help text; those of the run come second."""
+    own, *inherited = [inspect.getsource(c) for c in config.__mro__ if dataclasses.is_dataclass(c)]
+    found = {}
+    for source in (own, *inherited):
+        for heading, name, text in re.findall(r"^    (?:# (.*)|(\w+): .*?#\s*(.*))$", source, re.M):
+            if heading:
+                names = found.setdefault(heading, {})
+            else:
+                names[name] = text
+    first, *rest = found
+    return {heading: found[heading] for heading in (first, *sorted(rest, key=lambda h: h != "the run"))}
+
+
 def underscored(flag):
     """--calvin-root is --calvin_root; what follows an equals sign stays as it is."""
     if not flag.startswith("--"):

@@ -125,7 +125,7 @@ def ppo_update(cfg, wm):
     def update():
         loss, _ = diwa.ppo_loss(cfg, actor, critic, batch)
         loss.backward()
-    return update, len(feature) * actor.links
+    return update, len(feature) * actor.ft_steps
 
 
 def main(argv):

@@ -13,7 +13,7 @@ UNFINISHED = {  # still to be brought into 110 columns and one statement a line;
     "tests/test_report.py", "tests/test_run.py", "tests/test_sim.py"}
 FINISHED = [p for p in FILES if p.as_posix() not in UNFINISHED]
 MODULES = {p.with_suffix("").as_posix().replace("/", "."): p for p in FILES if p.parts[0] != "tests"}
-MOST_LINES = {"diwa.py": 1460, "calvin_sim.py": 500, "data.py": 400}     # diwa.py: 1200 are the aim
+MOST_LINES = {"diwa.py": 1200, "calvin_sim.py": 500, "data.py": 400}
 
 
 @pytest.mark.parametrize("path", FINISHED, ids=str)

@@ -165,7 +165,10 @@ def test_clean_guess_is_clipped():
 
 def test_time_embedding():
     """Eight sines and eight cosines, wavelengths from 2 pi to 2 pi 10^4."""
-    e = diwa.time_embedding(torch.tensor([0, 3]))
+    module = diwa.TimeEmbedding()
+    for layer in range(3):
+        module[layer] = nn.Identity()
+    e = module(torch.tensor([0, 3]))
     want = [3 * 10_000 ** (-i / 7) for i in range(8)]
     np.testing.assert_allclose(e[0], [0] * 8 + [1] * 8, atol=1e-7)
     np.testing.assert_allclose(e[1], np.sin(want).tolist() + np.cos(want).tolist(), atol=1e-5)
@@ -357,34 +360,6 @@ def test_bad_fine_tuned_steps(tuned):
         runs.check_config(tiny(ft_steps=tuned))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 20])
-def test_ddim_agrees_with_a_perfect_denoiser(steps):
-    """With the true noise at every step, DDIM lands on the clean chunk, in however few steps; so does the
-    ancestral sampler."""
-    actor = diwa.DiffusionActor(tiny(), FEATURE)
-    feature = torch.zeros(3, FEATURE)
-    clean = torch.rand(3, 4, 7) * 1.8 - 0.9
-    actor.net = actor.base = Perfect(actor, clean)
-    got = actor.act_ddim(feature, steps)
-    assert got.shape == (3, 4, 7)
-    torch.testing.assert_close(got, clean, atol=1e-3 if steps > 1 else 2e-2, rtol=0)
-    torch.testing.assert_close(actor.act(feature), clean, atol=1e-4, rtol=0)
-
-
-def test_ddim_is_deterministic_given_the_noise():
-    """eta = 0: the only randomness is the first noise, so one draw decides the chunk."""
-    actor = diwa.DiffusionActor(tiny(), FEATURE)
-    feature = torch.randn(3, FEATURE)
-    torch.manual_seed(2)
-    a = actor.act_ddim(feature)
-    after = torch.rand(1)
-    torch.manual_seed(2)
-    torch.randn(3, 4, 7)
-    assert torch.equal(torch.rand(1), after)
-    torch.manual_seed(2)
-    assert torch.equal(a, actor.act_ddim(feature)) and a.abs().max() <= 1
-
-
 def test_ema_warms_up():
     """Early the average follows closely, late it has the configured memory: (1 + step) / (10 + step), at
     most the decay."""
@@ -445,9 +420,9 @@ def test_ratio_is_one_before_any_update(kind):
     critic = zero_critic()
     b = minibatch(actor, 6)
     loss, metrics = diwa.ppo_loss(cfg, actor, critic, b)
-    left = torch.arange(actor.links - 1, -1, -1)
+    left = torch.arange(actor.ft_steps - 1, -1, -1)
     want = -(b["advantage"][:, None] * 0.99 ** left).mean()
-    assert b["logprob"].shape == (6, actor.links)
+    assert b["logprob"].shape == (6, actor.ft_steps)
     assert metrics["kl"] == 0 and metrics["clipped"] == 0
     torch.testing.assert_close(metrics["policy"], want, atol=1e-6, rtol=1e-5)
     loss.backward()
@@ -598,17 +573,18 @@ def test_gae_with_lambda_one_is_the_discounted_return():
     torch.testing.assert_close(returns[0], want)
 
 
-def test_what_follows_lasting_success():
-    """Two steps running, watched and dreamed; from then on to the end, and never at the start."""
-    class Reads:
-        def success(self, first, feature):
-            assert (first == feature[:, :1]).all()
-            return feature[..., 0]
+def test_success_counts_when_it_shows_twice():
+    """Two steps running, compared with the first feature, and never at the start."""
+    model = diwa.Classifier(tiny(), 1)
+
+    def success(first, feature):
+        assert (first == feature[:, :1]).all()
+        return feature[..., 0]
+
+    model.success = success
     seen = torch.tensor([[1, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 1.]])[..., None]
-    dreamed = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0.]])[..., None]
-    assert diwa.lasting(Reads(), seen).int().tolist() == [[0, 1, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 1, 1, 1]]
-    after = diwa.after_success(Reads(), seen, dreamed)
-    assert after.int().tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 0, 1, 1, 1]]
+    want = [[0, 1, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 1, 1, 1]]
+    assert model.success_twice(seen).int().tolist() == want
 
 
 def test_reward_scaler_against_numpy():
@@ -813,8 +789,8 @@ def test_a_short_windows_dream_waits_at_its_end(no_noise):
     sizes = dict(action=7, command=7, proprio=15, codes=wm.codec.size)
     every = {name: torch.randn(20, size) for name, size in sizes.items()}
     made_up = SimpleNamespace(batch=lambda frames: {k: v[torch.from_numpy(frames)] for k, v in every.items()})
-    seen, dreamed, frames = diwa.views(wm, made_up, np.array([0, 9]), 8, np.array([4, 16]))
-    alone = diwa.views(wm, made_up, np.array([0]), 5)
+    seen, dreamed, frames = wm.watch_and_dream(made_up, np.array([0, 9]), 8, np.array([4, 16]))
+    alone = wm.watch_and_dream(made_up, np.array([0]), 5)
     assert frames[0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
     for together, single in zip((seen, dreamed), alone):
         assert torch.allclose(together[0, :5], single[0], atol=1e-5)
@@ -825,7 +801,7 @@ def test_a_short_windows_dream_waits_at_its_end(no_noise):
 def test_a_stride_skips_frames_and_stays_inside(no_noise):
     """Windows of every second frame, each ending on the last such frame of its episode."""
     cfg, wm, dataset, rec = recorded(wm_stride=2)
-    seen, dreamed, frames = diwa.views(wm.eval(), rec, np.array([2, 21]), 8, np.array([7, 27]))
+    seen, dreamed, frames = wm.eval().watch_and_dream(rec, np.array([2, 21]), 8, np.array([7, 27]))
     assert frames.tolist() == [[2, 4, 6, 6], [21, 23, 25, 27]]
     assert seen.shape == dreamed.shape == (2, 4, wm.feature_size)
     assert torch.equal(dreamed[0, 2], dreamed[0, 3]) and not torch.equal(dreamed[1, 2], dreamed[1, 3])
@@ -1176,8 +1152,8 @@ def test_the_robot_filters_as_training_does(no_noise, source, lead, stride):
     same commanded pose, also for CALVIN's recordings, whose actions are differences of measured poses: there
     the target forgets its lead."""
     cfg, wm, dataset, rec = recorded(source, wm_stride=stride)
-    assert rec.lead == lead
-    wm.lead.fill_(rec.lead)
+    assert rec.keeps_target == lead
+    wm.keeps_target.fill_(rec.keeps_target)
     wm.eval().requires_grad_(False)
     batch = rec.batch(np.arange(20, 32, stride)[None])
     want, _, _ = wm.rollout(wm.embed(batch), batch["action"], batch["command"])
@@ -1238,7 +1214,7 @@ def test_a_stride_integrates_every_action(lead):
     its lead goes on from itself there."""
     cfg = tiny(wm_stride=2)
     wm = world(cfg)
-    wm.lead.fill_(lead)
+    wm.keeps_target.fill_(lead)
     env = dream(cfg, wm)
     feature = env.reset()
     action = diwa.executed(torch.randn(6, 2, 7))
@@ -1293,10 +1269,10 @@ def test_dream_step_believes_its_own_pose():
     torch.testing.assert_close(wm.tcp(feature), pose)
     want = calvin_sim.advance_target(env.state["target"], action, pose)
     torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], want)
-    wm.lead.zero_()                # a model of CALVIN's recordings: the target starts from the arm, each time
+    wm.keeps_target.zero_()                # a model of CALVIN's recordings: the target starts from the arm, each time
     want = calvin_sim.advance_target(pose, action, pose)
     torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], want)
-    wm.lead.fill_(1)
+    wm.keeps_target.fill_(1)
     # the pose is predicted as a lag behind the command: no lag, no difference
     for p in wm.pose_head.parameters():
         p.zero_()
@@ -1597,12 +1573,10 @@ def test_fine_tuning_runs_on_any_device(latent, kind):
     assert feature.is_meta and all(v.is_meta for v in metrics.values())
     chunk = torch.randn(6, 4, 7, device="meta")
     assert actor.bc_loss(feature, chunk).is_meta and actor.act(feature).is_meta
-    if cfg.bc_actor == "diffusion":
-        assert actor.act_ddim(feature).is_meta
     diwa.ema_update(actor.base, actor.net, 0.995, 3)
 
 
-def test_cloning_stops_just_after_success(monkeypatch):
+def test_cloning_stops_just_after_success():
     """What a demonstration holds beyond four frames after its success is neither cloned nor called
     success."""
     from types import SimpleNamespace
@@ -1616,11 +1590,12 @@ def test_cloning_stops_just_after_success(monkeypatch):
     segments = [("close_drawer", 0, 39), ("close_drawer", 40, 59)]
     made_up = MadeUp(scene=scene, ds=SimpleNamespace(segments=segments, has_scene=True))
 
-    def views(wm, recording, starts, length, last):
+    def watch_and_dream(recording, starts, length, last):
         frames = np.minimum(starts[:, None] + np.arange(length), last[:, None])
         return torch.zeros(*frames.shape, 2), torch.ones(*frames.shape, 2), frames
-    monkeypatch.setattr(diwa, "views", views)
-    feature, first, frame, start = diwa.demonstration_views(tiny(task="close_drawer"), None, made_up)
+    cfg = tiny(task="close_drawer")
+    wm = SimpleNamespace(watch_and_dream=watch_and_dream)
+    feature, first, frame, start = diwa.demonstration_features(cfg, wm, made_up)
     assert set(frame) == {*range(25), *range(40, 60)}
     assert len(feature) == len(first) == len(frame) == len(start)
     assert all(s <= f and (f < 40) == (s < 40) for s, f in zip(start, frame))

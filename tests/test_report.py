@@ -61,7 +61,7 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     scene[100:120, 1], scene[200:210, 1] = np.linspace(0.2, 0, 20), 0.2          # a drawer that closes after frame 100; open but left alone at 200
     class MadeUp(SimpleNamespace):
         has_rule, success = Recording.has_rule, Recording.success
-    split = SimpleNamespace(has_scene=True, split=lambda: (np.zeros((0, 2), int), np.array([[100, 119], [200, 209], [300, 330]])), segments=[])
+    split = SimpleNamespace(has_scene=True, window_length=lambda: length, split=lambda: (np.zeros((0, 2), int), np.array([[100, 119], [200, 209], [300, 330]])), segments=[])
     play = MadeUp(ds=split, scene=scene)
     judges = MadeUp(ds=SimpleNamespace(has_scene=True, segments=[("close_drawer", 100, 119), ("open_drawer", 0, 9)]), scene=scene)
 
@@ -70,14 +70,14 @@ def test_trust_counts_attempts_by_truth_and_verdict():
         frames = frames if last is None else np.minimum(frames, last[:, None])
         return None, torch.from_numpy(scene[frames]), frames
     def optimist(feature):
-        return np.ones(len(feature), bool)
+        return torch.ones(feature.shape[:2], dtype=torch.bool)
     def honest(feature):
-        return calvin_sim.success("close_drawer", feature[:, :1].numpy(), feature.numpy()).any(1)
+        return torch.from_numpy(calvin_sim.success("close_drawer", feature[:, :1].numpy(), feature.numpy()))
     length, rng = 10, np.random.default_rng(0)
-    tables = report.trust("close_drawer", honest, play, judges, views, length, rng)
+    tables = report.trust("close_drawer", honest, play, judges, views, rng)
     assert tables == dict(demonstrations=[[0, 0], [0, 0]], play=[[0, 0], [0, 9]]), "in 10 frames it closes by less than .12: 8 starts with room, 1 left alone; the demonstration is cut before it succeeds"
     length = 19
-    tables = report.trust("close_drawer", optimist, play, judges, views, length, rng)
+    tables = report.trust("close_drawer", optimist, play, judges, views, rng)
     assert tables == dict(demonstrations=[[1, 0], [0, 0]], play=[[2, 0], [0, 0]]), "2 windows of 19 frames and the demonstration"
     assert report.trusted(dict(demonstrations=[[1, 2], [3, 4]], play=[[5, 6], [7, 8]])) == ("1 of 3 in demonstrations, 5 of 11 in play", "10 of 22")
 

@@ -75,26 +75,9 @@ def test_run_remembers_its_settings(done):
     assert diwa.main(["--run", "smoke", "--runs", str(done), "--device", "cpu", "--task", "close_drawer", "--stage", "report"]) == 0
 
 
-def test_play_changes_sides_where_success_is_recognised(done, tmp_path, monkeypatch):
-    """--reward_rounds: at the given updates the unlabelled rows, watched and dreamed alike, are sorted anew; the kinds are saved with the rest."""
-    folder, kinds, rows = copy_run(done, tmp_path, "reward_*"), [], diwa.train
-    def watched(cfg, stage, total, state, update, every):
-        def one(i, rng):
-            metrics = update(i, rng)
-            kinds.append(state["pairs"].kind.clone())
-            return metrics
-        return rows(cfg, stage, total, state, one, every)
-    monkeypatch.setattr(diwa, "train", watched)
-    answers = [lambda seen: torch.arange(seen.shape[1]).expand(seen.shape[:2]) > 0, lambda seen: torch.zeros(seen.shape[:2], dtype=torch.bool)]
-    monkeypatch.setattr(diwa, "after_success", lambda model, seen, dreamed: answers.pop(0)(seen))
-    assert fast(folder, "--stage", "reward", "--reward_updates", "9", "--reward_rounds", "2") == 0
-    unlabelled = kinds[0] >= 2
-    assert unlabelled.any() and all(((k == 2) == unlabelled).all() for k in kinds[:3] + kinds[6:]) and all((k[unlabelled] == 3).all() for k in kinds[3:6])
-
-
 def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
     """--reward_labels predicate: every pair is labelled by the task's rule, and play's moments are compared with other windows' starts, too."""
-    folder, pairs, loss, views = copy_run(done, tmp_path, "reward_*"), [], diwa.classifier_loss, diwa.views
+    folder, pairs, loss, views = copy_run(done, tmp_path, "reward_*"), [], diwa.classifier_loss, diwa.WorldModel.watch_and_dream
     scenes = [runs.Dataset(folder / "smoke" / name)["scene_obs"] for name in ("demos_close_drawer", "play")]
     def numbered(wm, recording, *args):                     # features that say which frame of which recording they are
         seen, dreamed, frames = views(wm, recording, *args)
@@ -103,7 +86,7 @@ def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
     def watched(model, first, feature, label, weight, cfg):
         pairs.extend(zip(first[:, 0].long().tolist(), feature[:, 0].long().tolist(), label.tolist()))
         return loss(model, first, feature, label, weight, cfg)
-    monkeypatch.setattr(diwa, "views", numbered)
+    monkeypatch.setattr(diwa.WorldModel, "watch_and_dream", numbered)
     monkeypatch.setattr(diwa, "classifier_loss", watched)
     assert fast(folder, "--stage", "reward", "--reward_updates", "9", "--reward_labels", "predicate") == 0
     apart = []
@@ -213,7 +196,6 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     (["--wm_length", "1"], ["--wm_length 1", "give 2"]),
     (["--ft_steps", "21", "--stage", "bc"], ["ft_steps"]),
     (["--ft_iterations", "1"], ["ft_iterations", "ft_warmup"]),
-    (["--reward_rounds", "1", "--reward_labels", "demos"], ["reward_rounds", "--reward_labels demos"]),
     (["--stage", "eval", "--task", "turn_on_led"], ["missing", "--stage"]),
 ])
 def test_bad_input_is_one_sentence(done, capsys, flags, words):

@@ -1,9 +1,10 @@
-"""linear_codec.py: principal components of the frames, for machines too slow for convolutions."""
+"""linear.py: two linear methods in closed form: principal components of frames, and likeness."""
 import math
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 
 class LinearCodec(nn.Module):
@@ -46,6 +47,10 @@ class LinearCodec(nn.Module):
             codes.append(x @ getattr(self, f"{name}_basis"))
         return torch.cat(codes, -1)                                                       # [..., size]
 
+    def codes_of(self, obs):
+        """The codes of an observation that has them, or both frames of which they are."""
+        return obs["codes"] if "codes" in obs else self.encode(obs["rgb_static"], obs["rgb_gripper"])
+
     def whiten(self, codes):
         """Codes for a network's input.  Square-root whitening lifts small things (a lamp) without shouting
         noise.
@@ -62,3 +67,15 @@ class LinearCodec(nn.Module):
             pixels = part @ getattr(self, f"{name}_basis").T + getattr(self, f"{name}_mean")
             images.append(pixels.unflatten(-1, (side, side, 3)))
         return images
+
+
+def likeness(near, every):
+    """How much like the rows of near are those of every?  near [M, E], every [N, E] -> [N], higher is liker.
+
+    A ridge regression that tells the two apart, both weighing the same."""
+    x = F.pad(torch.cat([near, every]), (0, 1), value=1.0).double()
+    y = torch.arange(len(x), device=x.device) < len(near)
+    weight = torch.where(y, len(every) / len(near), 1.0).double()[:, None]
+    ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    score = x @ torch.linalg.solve((x * weight).T @ x + ridge, (x * weight).T @ y.double())
+    return score[len(near):]
