@@ -748,6 +748,7 @@ class DreamEnv:
     """B imagined arms.  reset() -> feature [B, D]
     step(chunk [B, H, A]) -> feature, reward, terminated, truncated, final; `feature` belongs to the restarted
     dream where one ended, `final` is always the true next feature, to bootstrap from."""
+    simulator_steps = 0                                     # a dream takes none; SimEnv counts its own
     def __init__(self, cfg, wm, classifier, embedding, command, target, dreams, horizon):
         """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from"""
         self.cfg = cfg
@@ -1131,8 +1132,7 @@ def dream_starts(cfg, wm):
     The policy was cloned on those very demonstrations and hardly fails there; play shows the same situations
     anew, and an arm that has just missed.  Likeness is a ridge regression on embeddings, demonstration
     against play: no label, no scene state.  -> embedding [M, E], command [M, 7], target [M, 6]"""
-    demos = Recording(cfg, load(cfg, "demos"))
-    play = Recording(cfg, load(cfg, "play"))
+    demos, play = (Recording(cfg, load(cfg, stage)) for stage in ("demos", "play"))
     begin = [np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments]
     def rows(recording, frames):                            # [n, E], [n, 7], [n, 6]
         seen = []
@@ -1157,7 +1157,7 @@ def finetune(cfg, env, actor):
     actor_optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr)
     snapshots = Snapshots()
-    state = dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots,
+    state = dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots, env=env,
                  actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     updates = Updates(cfg, "finetune", cfg.ft_iterations, state, every=1)
     for i, _ in updates:
@@ -1166,7 +1166,8 @@ def finetune(cfg, env, actor):
         if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == cfg.ft_iterations:
             snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
 
-    save_result(cfg, "finetune", actor=actor.state_dict(), snapshots=dict(snapshots))
+    save_result(cfg, "finetune", actor=actor.state_dict(), snapshots=dict(snapshots),
+                simulator_steps=env.simulator_steps)
 
 def load_networks(cfg, policy):
     """World model, actor and classifier; policy: "bc", "tuned" or the iteration of a snapshot."""
@@ -1186,8 +1187,7 @@ def stage_eval(cfg):
     work(cfg, load_agent)
 
 def stage_report(cfg):
-    """Tables and pictures from what the other stages left behind."""
-    evaluate.write_report(cfg, load_agent)
+    evaluate.write_report(cfg, load_agent)                  # tables and pictures
 
 STAGE_WORK = dict(play=stage_play, demos=stage_demos, wm=stage_wm, bc=stage_bc, reward=stage_reward,
                   finetune=stage_finetune, eval=stage_eval, report=stage_report)

@@ -169,10 +169,11 @@ def before_and_after(cfg, load_agent):
 
     Only here does the new policy meet a simulator."""
     path = output(cfg, "eval")
+    practised = load(cfg, "finetune").get("simulator_steps", 0)
     for name in ("before", "after"):
         rollout_path(cfg, name).unlink(missing_ok=True)     # of an older evaluation
     if cfg.sim == "none":
-        content = dict(origin(cfg, "eval"), **dream_evaluation(cfg, load_agent))
+        content = dict(origin(cfg, "eval"), **dream_evaluation(cfg, load_agent), simulator_steps=practised)
         return write_atomic(path, lambda p: p.write_text(json.dumps(content)))
     partial = path.with_suffix(".partial.json")
     content = load_file(partial) if partial.exists() else {}
@@ -191,7 +192,8 @@ def before_and_after(cfg, load_agent):
     for policy, episodes in evaluate(cfg, load_agent, snapshots, others, (), finished, keep).items():
         curve["0" if policy == "bc" else policy] = float(np.mean([e["success"] for e in episodes]))
     dream_success = float(np.mean([r["dreamed_success"] for r in results["tuned"]]))
-    content = dict(origin(cfg, "eval"), results=results, curve=curve, dream_success=dream_success)
+    content = dict(origin(cfg, "eval"), results=results, curve=curve, dream_success=dream_success,
+                   simulator_steps=practised)
     write_atomic(path, lambda p: p.write_text(json.dumps(content)))
     partial.unlink(missing_ok=True)
 
@@ -286,6 +288,13 @@ class SimEnv:
         self.horizon = cfg.ft_horizon
         self.filter = agent
         self.rng = np.random.default_rng(seed)
+        self.simulator_steps = 0                            # what DiWA does without
+
+    def state_dict(self):
+        return dict(simulator_steps=self.simulator_steps)
+
+    def load_state_dict(self, content):
+        self.simulator_steps = content["simulator_steps"]
 
     def reset(self):
         self.obs = [sim.reset(*calvin_sim.sample_start(self.cfg.task, self.rng)) for sim in self.sims]
@@ -303,6 +312,7 @@ class SimEnv:
             for i, sim in enumerate(self.sims):
                 if not done[i]:                              # an arm that is done shows what it showed last
                     self.obs[i] = {**self.obs[i], **sim.step(action[i], look)}
+                    self.simulator_steps += 1
                     done[i] = calvin_sim.success(self.cfg.task, self.start[i], self.obs[i]["scene_obs"])
             final = self.filter.observe({k: [o[k] for o in self.obs] for k in self.obs[0]})
         self.age += 1

@@ -235,13 +235,18 @@ def difference(before, after):
     return f"{100 * d['difference']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]", d
 
 
-def success_rows(before, after, dream_before, dream):
+def practised_in(steps):
+    """Where a policy was fine-tuned: in the dream, unless simulator steps were taken."""
+    return f"in the simulator, {steps:,} steps" if steps else "in the dream only"
+
+
+def success_rows(before, after, dream_before, dream, steps=0):
     """Lines of the table's own part: success before and after, difference, intervals."""
     text, d = difference(before, after)
     gap = abs(100 * (dream - np.mean(after)))
     return [
         f"| before: behaviour cloning | {rate(before)} |",
-        f"| after: fine-tuned in the dream only | {rate(after)} |",
+        f"| after: fine-tuned {practised_in(steps)} | {rate(after)} |",
         f"| difference, paired | {text} points, gained {d['gained']}, lost {d['lost']}, "
         f"McNemar p = {d['p']:.2g} |",
         f"| what the dream believes of the two | {percent(dream_before)} and {percent(dream)} "
@@ -318,6 +323,8 @@ def task_line(task, group):
     if len(group) > 1:
         cloned += seeds_own(group, "before")
         tuned += seeds_own(group, "after")
+    if steps := sum(r.get("simulator_steps", 0) for r in group):
+        tuned += f" ({practised_in(steps)})"
     classifier = "-"
     if "classifier" in group[0]:
         classifier = "{:.2f}, {:.2f}".format(*np.mean([r["classifier"] for r in group], 0))
@@ -388,11 +395,12 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
     rows = evaluation["results"]
     before, after = ([r["success"] for r in rows[p]] for p in ("bc", "tuned"))
     dream_before = float(np.mean([r["dreamed_success"] for r in rows["bc"]] if simulated else before))
-    opinion_line = success_rows(before, after, dream_before, evaluation["dream_success"])
+    steps = evaluation.get("simulator_steps", 0)
+    opinion_line = success_rows(before, after, dream_before, evaluation["dream_success"], steps)
     where = "simulator" if simulated else "dream (no simulator was given)"
     labels = settings["reward_labels"]
     lines = [
-        f"# {task}: practised in a dream",
+        f"# {task}: practised in {'the simulator' if steps else 'a dream'}",
         "",
         exam(settings, evaluation, len(before)),
         "",
@@ -401,8 +409,8 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
         *opinion_line[:4 if simulated else 3],
         f"| the papers' row, real CALVIN (BC, DiWA; WAM) | {published(task)} |",
         "",
-        "No simulator step was used between the recorded data and the fine-tuned policy. "
-        f"Reward labels: {labels}.",
+        f"{f'{steps:,} simulator steps were' if steps else 'No simulator step was'} used between the recorded "
+        f"data and the fine-tuned policy. Reward labels: {labels}.",
         "",
         f"![learning curve](curves_{task}.png)",
         "",
@@ -436,6 +444,7 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
         minutes=minutes,
         versions=versions,
         trust=judged["trust"],
+        simulator_steps=steps,
     )
     if simulated:
         real, truth = ([v for r in rows["tuned"] for v in r[key]] for key in ("real", "truth"))
@@ -556,7 +565,9 @@ def curves(path, task, dream_log, evaluation, n_curve, trust):
     curve = evaluation["curve"]
     before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
     figure, axis = plt.subplots(figsize=(7, 4))
-    axis.plot(*dream_log, color="tab:blue", label="dream (exploring, its own classifier)")
+    online = evaluation.get("simulator_steps", 0)
+    label = f"practice, {practised_in(online)}" if online else "dream (exploring, its own classifier)"
+    axis.plot(*dream_log, color="tab:blue", label=label)
     steps = [int(k) for k in curve]
     rates = np.array(list(curve.values()))
     low, high = np.array([wilson(r * n_curve, n_curve) for r in rates]).reshape(-1, 2).T
@@ -571,7 +582,7 @@ def curves(path, task, dream_log, evaluation, n_curve, trust):
     recognised, believed = trusted(trust)
     axis.set(ylabel="success" if curve else "success believed in the dream", ylim=(0, 1.05), title=task)
     axis.set_xlabel(
-        "PPO iteration in the dream\n"
+        f"PPO iteration {practised_in(online)}\n"
         f"(recorded attempts, dreamed again: successes recognised {recognised};\n"
         f"failures believed {believed})",
         fontsize=8,

@@ -438,8 +438,8 @@ def restore(cfg, stage, state):
     content = load_file(partial, cfg.device) if partial.exists() else {}
     if content.get("origin") != origin(cfg, stage):
         return 0
-    for name, thing in state.items():
-        thing.load_state_dict(content["state"][name])
+    for name, kept in content["state"].items():
+        state[name].load_state_dict(kept)
     return content["done"]
 
 
@@ -467,8 +467,8 @@ class Updates:
             ...                                             # one gradient step; rng is numpy's
             updates.log(metrics)                            # {name: 0-d tensor}
 
-    state: {name: object with state_dict}, saved every SAVE_EVERY seconds and restored when the program was
-    killed.  Update i draws its random numbers from (seed, stage, task, i), so a resumed run ends as if
+    state: {name: object}, those with a state_dict saved every SAVE_EVERY seconds and restored when the
+    program was killed.  Update i draws its random numbers from (seed, stage, task, i), so a resumed run ends as if
     nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
 
     def __init__(self, cfg, stage, total, state, every=20):
@@ -496,7 +496,8 @@ class Updates:
             write(i + 1, metrics)
             progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
             if time.time() - saved > SAVE_EVERY and i + 1 < total:
-                states = {name: thing.state_dict() for name, thing in self.state.items()}
+                kept = {name: thing for name, thing in self.state.items() if hasattr(thing, "state_dict")}
+                states = {name: thing.state_dict() for name, thing in kept.items()}
                 save(partial_path(cfg, stage), dict(origin=origin(cfg, stage), done=i + 1, state=states))
                 saved = time.time()
 

@@ -261,6 +261,27 @@ def test_online_rival_runs(done):
     assert np.all(env.age == 0)
 
 
+def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path):
+    """finetune(SimEnv): its steps are counted, resumed, and named by report and row; a dream's are none."""
+    folder = copy_run(done, tmp_path, "finetune_*", "eval_*", "result_*")
+    flags = ["--ft_chunks", "2", "--ft_iterations", "2"]
+    cfg = runs.check_config(runs.parse([*TINY, *flags, "--runs", str(folder)], diwa.Config, diwa.PRESETS, "", ""))
+    agent = diwa.load_agent(cfg, "bc")
+    env = evaluate.SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    env.load_state_dict(dict(simulator_steps=1000))         # as if it had been killed after 1,000
+    diwa.finetune(cfg, env, agent.actor.train())
+    for sim in env.sims:
+        sim.close()
+    steps = env.simulator_steps
+    assert 1000 + 2 * 2 * 2 < steps <= 1000 + 2 * 2 * 2 * 4, "iterations x chunks x arms x steps, but for early ends"
+    assert diwa.main([*TINY, *flags, "--runs", str(folder), "--stage", "eval"]) == 0
+    assert diwa.main([*TINY, *flags, "--runs", str(folder), "--stage", "report"]) == 0
+    text = (folder / "smoke" / "report.md").read_text()
+    assert f"fine-tuned in the simulator, {steps:,} steps" in text and "No simulator step" not in text
+    row = json.loads((folder / "smoke" / "result_close_drawer.json").read_text())
+    assert row["simulator_steps"] == steps and f"{steps:,} steps" in report.table([row])[2]
+
+
 class Staring:
     """A simulator that looks at every step, whether it is asked to or not."""
 
