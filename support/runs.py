@@ -79,7 +79,8 @@ def parse(argv, config, presets, description, epilog):
     That is a dataclass.  The comments behind the fields are the help texts: one place to read and to change
     them."""
     fields = dataclasses.fields(config)
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False)
+    usage = "python diwa.py [--setting value ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=description, epilog=epilog, allow_abbrev=False)
     for title, names in groups_of(config).items():
         group = parser.add_argument_group(title)
         for name, text in names.items():
