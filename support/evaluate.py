@@ -249,6 +249,10 @@ def write_report(cfg, load_agent):
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
     strip = report.dream_strip(truth, watched, imagined, score)
     report.gif(folder / f"dream_{cfg.task}.gif", strip, 2, cfg.wm_stride)
+    logs = {key: read_log(cfg, *key) for key in report.HEALTHY}
+    logs = {key: curve for key, curve in logs.items() if curve[1]}
+    report.health(folder / f"health_{cfg.task}.png", cfg.task, logs)
+    ends = {".".join(key): report.end_of(values) for key, (_, values) in logs.items()}
     minutes = {}
     for stage in STAGES:
         if values := read_log(cfg, stage, "minutes")[1]:
@@ -257,7 +261,8 @@ def write_report(cfg, load_agent):
     trained_on = heldout.meta.get("trained_on", []) if heldout else []
     judged = dict(load(cfg, "wm")["judged"], trust=trust, trained_on=trained_on)
     settings = dataclasses.asdict(cfg)
-    lines = report.write(folder, cfg.task, settings, versions(cfg), evaluation, judged, minutes)
+    about = (folder, cfg.task, settings, versions(cfg))
+    lines = report.write(*about, evaluation, judged, minutes, ends)
     print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
 
 

@@ -386,11 +386,11 @@ def short_table(rows):
     return lines
 
 
-def write(folder, task, settings, versions, evaluation, judged, minutes):
+def write(folder, task, settings, versions, evaluation, judged, minutes, ends):
     """runs/<name>/report.md.
 
     evaluation: content of eval_<task>.json; judged: the world model's own tables;
-    minutes: {stage: minutes}."""
+    minutes: {stage: minutes}; ends: {"stage.metric": where it ended}."""
     simulated = settings["sim"] != "none"
     rows = evaluation["results"]
     before, after = ([r["success"] for r in rows[p]] for p in ("bc", "tuned"))
@@ -409,8 +409,8 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
         *opinion_line[:4 if simulated else 3],
         f"| the papers' row, real CALVIN (BC, DiWA; WAM) | {published(task)} |",
         "",
-        f"{f'{steps:,} simulator steps were' if steps else 'No simulator step was'} used between the recorded "
-        f"data and the fine-tuned policy. Reward labels: {labels}.",
+        f"{f'{steps:,} simulator steps were' if steps else 'No simulator step was'} used between the "
+        f"recorded data and the fine-tuned policy. Reward labels: {labels}.",
         "",
         f"![learning curve](curves_{task}.png)",
         "",
@@ -419,7 +419,8 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
     if simulated:
         lines[-1] += f" ![before](rollout_before_{task}.gif) ![after](rollout_after_{task}.gif)"
         lines += classifier_lines(rows)
-    lines += trust_lines(task, judged) + world_model_lines(judged)
+    lines += trust_lines(task, judged) + world_model_lines(judged) + health_lines(ends)
+    lines += ["", f"![the course of training](health_{task}.png)"]
     lines += [
         "",
         "## Minutes",
@@ -445,6 +446,7 @@ def write(folder, task, settings, versions, evaluation, judged, minutes):
         versions=versions,
         trust=judged["trust"],
         simulator_steps=steps,
+        ends=ends,
     )
     if simulated:
         real, truth = ([v for r in rows["tuned"] for v in r[key]] for key in ("real", "truth"))
@@ -555,6 +557,77 @@ def world_model_lines(judged):
     return lines
 
 
+# --- was training healthy? ----------------------------------------------------------------------------------
+
+HEALTHY = {  # (stage, metric): lowest and highest at the end of the runs in docs/results, what it is
+    ("wm", "image"): (0, 0, "squared error of watched frames, summed over pixels"),
+    ("wm", "open_image"): (0, 0, "the same of dreamed frames; far above image: the dream drifts"),
+    ("wm", "kl"): (0, 0, "nats that a frame tells beyond the prior; near 0: the latent is not used"),
+    ("wm", "norm"): (0, 0, "gradient norm before clipping; rising: lower --wm_lr"),
+    ("bc", "loss"): (0, 0, "denoising error; near 1: nothing learned, near 0: demonstrations by heart"),
+    ("reward", "contrast"): (0, 0, "NT-Xent; log of the batch at the start"),
+    ("reward", "entropy"): (0, 0, "cross-entropy; .69: nothing learned, near 0: pairs by heart"),
+    ("finetune", "anchor"): (0, 0, "minus log-likelihood of cloned chains; rising: the policy drifts off"),
+    ("finetune", "kl"): (0, 0, "change of the policy in one iteration; a jump: lower --ft_actor_lr"),
+    ("finetune", "clipped"): (0, 0, "share of clipped ratios; near 0: it hardly learns, near 1: steps too long"),
+    ("finetune", "explained"): (0, 0, "share of the returns' variance that the critic foresees; 1 is best"),
+}
+
+
+def end_of(values):
+    """Where a curve ends: the mean of its last tenth."""
+    return float(np.mean(values[-max(1, len(values) // 10):]))
+
+
+def health_lines(ends):
+    """report.md: where each term of training ended, beside where it ends in runs that went well.
+
+    ends: {"stage.metric": value}"""
+    lines = ["", "## Was training healthy?", ""]
+    lines += ["| stage | term | ends at | healthy | |", "|---|---|---|---|---|"]
+    for (stage, metric), (low, high, meaning) in HEALTHY.items():
+        value = ends.get(f"{stage}.{metric}")
+        if value is not None:
+            warning = "" if low <= value <= high else "**outside**: "
+            lines.append(f"| {stage} | {metric} | {value:.3g} | {low:g} to {high:g} | {warning}{meaning} |")
+    return lines
+
+
+def ranges(rows):
+    """The table of healthy ranges, from result rows: lowest and highest end of each term."""
+    lines = ["| stage | term | ends at | what it is |", "|---|---|---|---|"]
+    for (stage, metric), (_, _, meaning) in HEALTHY.items():
+        values = [r["ends"][f"{stage}.{metric}"] for r in rows if f"{stage}.{metric}" in r.get("ends", {})]
+        if values:
+            lines.append(f"| {stage} | {metric} | {min(values):.3g} to {max(values):.3g} | {meaning} |")
+    return lines
+
+
+def health(path, task, logs):
+    """A panel a term: its course in this run, and the band in which it ends in runs that went well.
+
+    logs: {(stage, metric): (steps, values)}"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(3, 4, figsize=(13, 8))
+    for axis in axes.flat[len(logs):]:
+        axis.axis("off")
+    for axis, ((stage, metric), (steps, values)) in zip(axes.flat, logs.items()):
+        low, high, _ = HEALTHY[stage, metric]
+        axis.axhspan(low, high, color="tab:green", alpha=0.2)
+        axis.plot(steps, values, color="tab:blue", lw=1)
+        ends = [low, high, *values[len(values) // 20:]]     # the first steps may be off the scale
+        room = 0.1 * (max(ends) - min(ends) or 1)
+        axis.set_ylim(min(ends) - room, max(ends) + room)
+        axis.set_title(f"{stage}: {metric}", fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.suptitle(f"{task}: green is where the terms end in runs that went well", fontsize=10)
+    figure.tight_layout()
+    write_atomic(path, lambda p: figure.savefig(p, dpi=90))
+    plt.close(figure)
+
+
 def curves(path, task, dream_log, evaluation, n_curve, trust):
     """Dream success and simulator success over the iterations of fine-tuning; the gap is the lesson.
 
@@ -617,13 +690,16 @@ def dream_strip(truth, watched, dreamed, scores):
 
 
 def main(paths):
-    """Print the table of the given result rows; after --short the README's -> the exit code."""
+    """Print the table of the given result rows -> the exit code.
+
+    After --short the README's; after --ranges where the terms of their trainings ended."""
     try:
-        short = paths[:1] == ["--short"]
-        if not paths[short:]:
+        kinds = {"--short": short_table, "--ranges": ranges}
+        kind = paths[:1][0] if paths and paths[0] in kinds else None
+        paths = paths[1:] if kind else paths
+        if not paths:
             raise InputError("give the rows of some runs: python -m support.report runs/*/result_*.json")
-        rows = [read_row(Path(p)) for p in paths[short:]]
-        print("\n".join(short_table(rows) if short else table(rows)))
+        print("\n".join(kinds.get(kind, table)([read_row(Path(p)) for p in paths])))
     except (InputError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

@@ -468,9 +468,9 @@ class Updates:
             ...                                             # one gradient step; rng is numpy's
             updates.log(metrics)                            # {name: 0-d tensor}
 
-    state: {name: object}, those with a state_dict saved every SAVE_EVERY seconds and restored when the
-    program was killed.  Update i draws its random numbers from (seed, stage, task, i), so a resumed run ends as if
-    nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
+    state: {name: object}; what has a state_dict is saved every SAVE_EVERY seconds and restored when the
+    program was killed.  Update i draws its random numbers from (seed, stage, task, i), so a resumed run ends
+    as if nothing had happened.  Losses stay on the device and are looked at every `every` updates."""
 
     def __init__(self, cfg, stage, total, state, every=20):
         self.cfg = cfg
