@@ -569,7 +569,7 @@ HEALTHY = {  # (stage, metric): lowest and highest at the end of the runs in doc
     ("reward", "entropy"): (0, 0, "cross-entropy; .69: nothing learned, near 0: pairs by heart"),
     ("finetune", "anchor"): (0, 0, "minus log-likelihood of cloned chains; rising: it drifts off"),
     ("finetune", "kl"): (0, 0, "change of the policy in one iteration; a jump: lower --ft_actor_lr"),
-    ("finetune", "clipped"): (0, 0, "share of clipped ratios; near 0: it hardly learns, near 1: steps too long"),
+    ("finetune", "clipped"): (0, 0, "share of clipped ratios; near 0: hardly learns, near 1: too long steps"),
     ("finetune", "explained"): (0, 0, "share of the returns' variance that the critic foresees; 1 is best"),
 }
 
