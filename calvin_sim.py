@@ -165,6 +165,32 @@ def sample_robot(rng):
             return np.concatenate([tcp, [opening], joints, [1.0 if opening else -1.0]]).astype(np.float32)
 
 
+OFFICIAL_POSE = (0.02587, -0.23131, 0.57128, 3.0905, -0.0291, 1.5001, 0.08,
+                 -1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534, 1)
+CABINET = ((-0.2409, 0.0924, 0.461), (0.0703, 0.0924, 0.461))            # left and right of the sliding door
+TABLE = ((0.05, -0.12, 0.46), (0.23, -0.12, 0.46))
+
+
+def official_start(task_name, rng):
+    """Draw an initial state of CALVIN's own long-horizon protocol in which `task_name` is yet to be done.
+
+    It has 16 combinations of door, drawer, bulb and LED and 12 of the blocks (one or two of them on the
+    table, the others in the cabinet), and the arm always in one pose.  The blocks' yaws, pi/2 +- pi/8, are
+    drawn here; CALVIN draws them with a hash of the combination.  -> robot_obs [15], scene_obs [24]"""
+    while True:
+        scene = np.zeros(24, np.float32)
+        slider, drawer, bulb, led = rng.integers(0, 2, 4)
+        for joint, far in ((SLIDER, slider), (DRAWER, drawer), (SWITCH, bulb)):
+            scene[joint] = far * LIMITS[joint]
+        scene[[BULB, LED]] = bulb, led
+        on_table = rng.integers(1, 3)
+        spots = [*rng.permutation(TABLE)[:on_table], *rng.permutation(CABINET)[:3 - on_table]]
+        for block, spot in zip((6, 12, 18), rng.permutation(spots)):
+            scene[block:block + 6] = (*spot, 0, 0, rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8))
+        if possible(task_name, scene):
+            return np.array(OFFICIAL_POSE, np.float32), scene
+
+
 def checked_start(robot_obs, scene_obs, seed):
     """What a simulator's reset was given -> finite robot_obs [15], scene_obs [24] as new f64 arrays.
 

@@ -141,6 +141,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     # eval
     eval_episodes: int = 100        # paired start states, before and after (paper: 29-48)
     eval_curve: int = 40            # start states, others, for the learning curve
+    eval_official: int = 100        # start states of CALVIN's own protocol, a second column (--sim calvin)
     eval_steps: int = 72            # time limit (paper: 72)
 
 PRESETS = {
@@ -160,7 +161,7 @@ PRESETS = {
         play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64,
         wm_embed=64, wm_z=16, wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150,
         reward_hidden=64, reward_updates=60, ft_iterations=3, ft_dreams=16, ft_epochs=2, ft_warmup=1,
-        ft_snapshot=2, eval_episodes=8, eval_curve=4),
+        ft_snapshot=2, eval_episodes=8, eval_curve=4, eval_official=2),
 }
 
 # 2  World model =============================================================================================
@@ -719,8 +720,7 @@ class Classifier(nn.Module):
         return self(first, feature)[1].argmax(-1).float()
 
     def success_twice(self, feature):
-        """Does success show in a step and in the one before?  dream_chunk asks no less.
-        [W, T, D], where the first feature is the start -> bool [W, T]"""
+        """[W, T, D] from the start on -> bool [W, T]: success there and a step before, as in dream_chunk."""
         success = self.success(feature[:, :1].expand_as(feature), feature) > 0
         return success & F.pad(success[:, :-1], (1, 0))
 

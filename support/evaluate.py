@@ -31,19 +31,19 @@ def evaluation_job(job):
     sims = [make_sim(**sim_of(cfg)) for _ in range(max(len(group) for group in groups))]
     for group in groups:
         seed_everything("evaluate", group[0])
-        results += run_episodes(cfg, agent, sims[:len(group)], group, job["record"])
+        results += run_episodes(cfg, agent, sims[:len(group)], group, job["record"], job["draw"])
     for sim in sims:
         sim.close()
     return results
 
 
-def run_episodes(cfg, agent, sims, seeds, record=()):
+def run_episodes(cfg, agent, sims, seeds, record=(), draw=calvin_sim.sample_start):
     """An episode a seed -> [dict(seed, success, steps, truth, real, dream, dreamed_success)]
 
     truth, real, dream: verdicts at chunk ends; and frames for the seeds in record."""
     B = len(sims)
     H = cfg.bc_chunk
-    starts = [calvin_sim.sample_start(cfg.task, np.random.default_rng(seed)) for seed in seeds]
+    starts = [draw(cfg.task, np.random.default_rng(seed)) for seed in seeds]
     obs = [sim.reset(*state) for sim, state in zip(sims, starts)]
     start = np.stack([o["scene_obs"] for o in obs])
     solved = np.zeros(B, bool)
@@ -95,7 +95,8 @@ def run_episodes(cfg, agent, sims, seeds, record=()):
     return episodes
 
 
-def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=None):
+def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=None,
+             draw=calvin_sim.sample_start):
     """Every policy in the simulator, from the start states of the seeds -> {policy: episodes}
 
     A policy is "bc", "tuned" or a snapshot's iteration.
@@ -103,7 +104,7 @@ def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=No
     A group shares its noise, so the groups depend on the seeds alone, never on the number of processes.
     record: seeds whose frames are kept.
     finished: {policy/first seed of a group: episodes} that need not be done again.
-    keep(finished) saves it."""
+    keep(finished) saves it.  draw(task, rng): the start state of a seed."""
     # in lock step, so that the networks run batched; calvin_env: one a process
     size = 10 if cfg.sim == "tabletop" else 1
     groups = [[int(s) for s in seeds[a:a + size]] for a in range(0, len(seeds), size)]
@@ -115,7 +116,8 @@ def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=No
         todo = [group for group in groups if f"{policy}/{group[0]}" not in finished]
         for a in range(0, len(todo), share):
             part = todo[a:a + share]
-            jobs.append(dict(cfg=cfg, load_agent=load_agent, policy=policy, groups=part, record=record))
+            job = dict(cfg=cfg, load_agent=load_agent, policy=policy, groups=part, record=record, draw=draw)
+            jobs.append(job)
     for job, episodes in zip(jobs, in_processes(cfg, evaluation_job, jobs, "evaluation") if jobs else ()):
         for group in job["groups"]:
             finished[f"{job['policy']}/{group[0]}"] = [e for e in episodes if e["seed"] in group]
@@ -191,9 +193,14 @@ def before_and_after(cfg, load_agent):
     curve = {}
     for policy, episodes in evaluate(cfg, load_agent, snapshots, others, (), finished, keep).items():
         curve["0" if policy == "bc" else policy] = float(np.mean([e["success"] for e in episodes]))
+    official = {}
+    if cfg.sim == "calvin" and cfg.eval_official:
+        seeds = first_seed(cfg, "official", cfg.task) + np.arange(cfg.eval_official)
+        draw = calvin_sim.official_start
+        official = evaluate(cfg, load_agent, ("bc", "tuned"), seeds, (), finished, keep, draw)
     dream_success = float(np.mean([r["dreamed_success"] for r in results["tuned"]]))
-    content = dict(origin(cfg, "eval"), results=results, curve=curve, dream_success=dream_success,
-                   simulator_steps=practised)
+    content = dict(origin(cfg, "eval"), results=results, official=official, curve=curve,
+                   dream_success=dream_success, simulator_steps=practised)
     write_atomic(path, lambda p: p.write_text(json.dumps(content)))
     partial.unlink(missing_ok=True)
 

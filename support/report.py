@@ -289,6 +289,18 @@ def published(task):
     return "{}, {}; {} %".format(*PAPER[task]) if task in PAPER else "-"
 
 
+OFFICIAL = "from CALVIN's own initial states"
+
+
+def from_official(rows):
+    """Success of both policies from CALVIN's own initial states, all rows together; "-" without them."""
+    known = [r["official"] for r in rows if r.get("official")]
+    if not known:
+        return "-"
+    before, after = (np.concatenate([pair[k] for pair in known]) for k in (0, 1))
+    return f"{percent(np.mean(before))}, {rate(after)}"
+
+
 def mean_share(shares):
     """Mean of those that were measured; a recording without scene state has none."""
     known = [share for share in shares if share is not None]
@@ -299,23 +311,26 @@ def table(rows):
     """The README's results table from result rows, one line a task.
 
     Its seeds are pooled, each one's success in brackets; of several rows also what they say together."""
+    official = any(r.get("official") for r in rows)
     lines = [
-        "| task | seeds | n | cloned | fine-tuned in the dream | difference | dream's opinion of the two "
+        "| task | seeds | n | cloned | fine-tuned in the dream | difference "
+        + f"| {OFFICIAL} " * official +
+        "| dream's opinion of the two "
         "| replay share | recorded successes recognised; failures believed | reward: precision, recall "
         "| DiWA paper: BC, DiWA; WAM | min |",
-        "|" + "---|" * 12,
+        "|" + "---|" * (12 + official),
     ]
     tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
     tasks += sorted({r["task"] for r in rows} - set(tasks))  # that the papers do not know
     rows = sorted(rows, key=lambda r: (tasks.index(r["task"]), r["seed"]))
     for task in tasks:
-        lines.append(task_line(task, [r for r in rows if r["task"] == task]))
+        lines.append(task_line(task, [r for r in rows if r["task"] == task], official))
     if len(rows) > 1:
-        lines += together(rows)
+        lines += together(rows, official)
     return lines
 
 
-def task_line(task, group):
+def task_line(task, group, official):
     """The table's line of one task: `group`, its rows, one a seed."""
     before, after = (np.concatenate([r[key] for r in group]) for key in ("before", "after"))
     cloned = rate(before)
@@ -335,6 +350,7 @@ def task_line(task, group):
         cloned,
         tuned,
         difference(before, after)[0],
+        *[from_official(group)] * official,
         opinion(group),
         mean_share([r["replay_share"].get(task) for r in group]),
         pooled_trust(group),
@@ -350,7 +366,7 @@ def seeds_own(group, key):
     return " (" + ", ".join(f"{100 * np.mean(r[key]):.0f}" for r in group) + ")"
 
 
-def together(rows):
+def together(rows, official):
     """The table's last line, and a sentence below it: what several rows say together."""
     before, after, dream = (np.array([np.mean(r[k]) for r in rows]) for k in ("before", "after", "dream"))
     pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
@@ -364,25 +380,31 @@ def together(rows):
         sentence += (f"; the best checkpoint in hindsight would be {100 * np.mean(prices):.0f} points better "
                      "than the last one, on the learning curve's starts")
     mean_line = (f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} "
-                 f"| {difference(*pairs)[0]} | {opinion(rows)} | {share} (all eight) "
+                 f"| {difference(*pairs)[0]} " + f"| {from_official(rows)} " * official +
+                 f"| {opinion(rows)} | {share} (all eight) "
                  f"| {pooled_trust(rows)} | | | |")
     return [mean_line, "", sentence + "."]
 
 
 def short_table(rows):
     """The README's table: task, cloned and fine-tuned success with intervals, and what the papers have."""
-    lines = ["| task | cloned | fine-tuned in the dream | DiWA | WAM |", "|---|---|---|---|---|"]
+    official = any(r.get("official") for r in rows)
+    column = f" {OFFICIAL}, cloned and fine-tuned |" if official else ""
+    lines = [f"| task | cloned | fine-tuned in the dream |{column} DiWA | WAM |"]
+    lines += ["|---" * (5 + official) + "|"]
     tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
     for task in tasks:
         group = [r for r in rows if r["task"] == task]
         before, after = (np.concatenate([r[key] for r in group]) for key in ("before", "after"))
         _, diwa, wam = PAPER[task]
-        lines.append(f"| {task} | {rate(before)} | {rate(after)} | {diwa} % | {wam} % |")
+        column = f" {from_official(group)} |" if official else ""
+        lines.append(f"| {task} | {rate(before)} | {rate(after)} |{column} {diwa} % | {wam} % |")
     before, after = (np.mean([np.mean(r[key]) for r in rows]) for key in ("before", "after"))
     pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
     _, diwa, wam = np.mean([PAPER[task] for task in tasks], 0)
     tuned = f"**{percent(after)}**, difference {difference(*pairs)[0]}"
-    lines.append(f"| mean | {percent(before)} | {tuned} | {diwa:.1f} % | {wam:.1f} % |")
+    column = f" {from_official(rows)} |" if official else ""
+    lines.append(f"| mean | {percent(before)} | {tuned} |{column} {diwa:.1f} % | {wam:.1f} % |")
     return lines
 
 
@@ -397,6 +419,10 @@ def write(folder, task, settings, versions, evaluation, judged, minutes, ends):
     dream_before = float(np.mean([r["dreamed_success"] for r in rows["bc"]] if simulated else before))
     steps = evaluation.get("simulator_steps", 0)
     opinion_line = success_rows(before, after, dream_before, evaluation["dream_success"], steps)
+    official, also = [], []
+    if evaluation.get("official"):
+        official = [[int(e["success"]) for e in evaluation["official"][p]] for p in ("bc", "tuned")]
+        also = [f"| {OFFICIAL}, {len(official[0])} | {from_official([dict(official=official)])} |"]
     where = "simulator" if simulated else "dream (no simulator was given)"
     labels = settings["reward_labels"]
     lines = [
@@ -408,6 +434,7 @@ def write(folder, task, settings, versions, evaluation, judged, minutes, ends):
         "|---|---|",
         *opinion_line[:4 if simulated else 3],
         f"| the papers' row, real CALVIN (BC, DiWA; WAM) | {published(task)} |",
+        *also,
         "",
         f"{f'{steps:,} simulator steps were' if steps else 'No simulator step was'} used between the "
         f"recorded data and the fine-tuned policy. Reward labels: {labels}.",
@@ -447,6 +474,7 @@ def write(folder, task, settings, versions, evaluation, judged, minutes, ends):
         trust=judged["trust"],
         simulator_steps=steps,
         ends=ends,
+        official=official,
     )
     if simulated:
         real, truth = ([v for r in rows["tuned"] for v in r[key]] for key in ("real", "truth"))

@@ -445,9 +445,9 @@ def restore(cfg, stage, state):
 
 
 def first_seed(cfg, purpose, task=None):
-    """The first simulator seed for play, heldout, demos, eval or curve; none is shared by two."""
+    """The first simulator seed for play, heldout, demos, eval, curve or official; none is shared by two."""
     places = {"play": (0, 0), "heldout": (500_000, 1000), "demos": (700_000, 10_000),
-              "eval": (900_000, 10_000), "curve": (905_000, 10_000)}
+              "eval": (900_000, 10_000), "curve": (905_000, 10_000), "official": (907_500, 10_000)}
     base, step = places[purpose]
     return 1_000_000 * (cfg.seed + 1) + base + step * (list(calvin_sim.TASKS).index(task) if task else 0)
 
@@ -722,7 +722,7 @@ CHOICES = {
     "bc_actor": ("diffusion", "gaussian"),
     "reward_labels": ("unlabelled", "demos", "predicate"),
 }
-COUNTS = ("play_replay", "wm_octaves", "ft_warmup", "eval_curve")
+COUNTS = ("play_replay", "wm_octaves", "ft_warmup", "eval_curve", "eval_official")
 POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std",
             "ft_clip", "ft_clip_first")
 SHARES = ("wm_balance", "bc_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda", "ft_gamma_denoise")
