@@ -57,11 +57,13 @@ def pack(parts, out, meta, segments=None):
     """Concatenate recorded episodes into a dataset folder.
 
     parts: paths of .npz files, one an episode, each with the FIELDS (scene_obs may be missing in all).
-    segments: one (task, first, last) an episode, frame numbers within it, or None.
+    segments: for each episode one (task, first, last), frame numbers within it, or None; or None for all.
     Writes through plain files: a memory map would crash the program on a full disk, without a word."""
     out = Path(out)
     if not parts:
         raise InputError(f"there is nothing to pack into {out}: not one episode was recorded")
+    if segments and len(segments) != len(parts):
+        raise InputError(f"{len(segments)} segments for {len(parts)} episodes: give one for each, or None")
     lengths = [len(np.load(p)["rel_actions"]) for p in parts]
     ends = np.cumsum(lengths)
     ids = np.stack([ends - lengths, ends - 1], 1).astype(np.int64)                       # [E, 2]
@@ -82,8 +84,12 @@ def pack(parts, out, meta, segments=None):
         size = int(frames["rgb_static"].shape[1])
         np.save(temporary / "ep_start_end_ids.npy", ids)
         placed = []
-        for first, (task, a, b) in zip(ids[:, 0], segments or ()):
-            placed.append([task, int(first) + a, int(first) + b])
+        for (first, end), segment in zip(ids.tolist(), segments or ()):
+            if segment:
+                task, a, b = segment
+                placed.append([task, first + a, first + b])
+                if not 0 <= a <= b <= end - first:
+                    raise InputError(f"segment {segment} does not fit into its {end - first + 1} frames")
         meta = dict(
             meta,
             frames=int(ends[-1]),
@@ -303,8 +309,8 @@ class Recording:
         robot = np.array(dataset["robot_obs"])
         actions = np.array(dataset["rel_actions"])
         # CALVIN's own recordings hold the measured motion, not the command: how far the target led the arm is
-        # unknown
-        self.keeps_target = dataset.meta.get("source") != "calvin"
+        # unknown, so each action starts from where the arm is
+        self.keeps_target = dataset.meta.get("keeps_target", dataset.meta.get("source") != "calvin")
         target = commanded_targets(robot, actions, dataset.episodes, self.keeps_target)          # [N, 6]
         # the action executed before the frame
         before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])

@@ -15,17 +15,20 @@ Symbols
     B batch (dreams)    T time steps    H chunk length    A = 7 numbers of an action
     S side of an image    K denoising steps, K' of them fine-tuned    N any number of rows
     W windows of a recording, P moments in them, M frames to start from
-    h deterministic and z stochastic latent    D size of the feature [h, z, c]    E size of an embedding
+    h deterministic and z stochastic latent (z is drawn, the rest follows)    E size of an embedding
+    D size of the feature [h, z, c], 256 + 48 + 7 by default
     target: the pose that the arm has been told to reach, in m and rad
     command c: the same in a network's units, and the last gripper command
     action, 30 a second: dx dy dz (20 mm a unit), droll dpitch dyaw (.05 rad), gripper (-1 close, +1 open)
 
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line)
-    - dreams start from *recorded* frames, also amid attempts; the official code resets the simulator;
-    - practice is short, at ten times the learning rate: dreams cannot tell when it begins to exploit them;
+    - dreams start from recorded frames, also amid attempts;
+    - practice is short, at ten times the learning rate: a dream's success does not show when PPO begins to
+      exploit the model's errors;
     - one step of the world model spans two control steps: half as many guesses for the same future;
     - the transition is told the commanded pose c: CALVIN's arm chases a target to which each action adds;
-    - each dream misplaces the arm by millimetres, so that the policy keeps a margin;
+    - each dream misplaces the arm by millimetres, so that the policy keeps a margin, and a reward asks for
+      two verdicts in a row;
     - the preset `cpu` learns on linear codes and Gaussian latents, not convolutions and categoricals;
     - the prior is also trained open loop, as it is used in a dream, and with noisy inputs;
     - the classifier compares the current feature with the first one, because CALVIN's task rules do.
@@ -46,6 +49,7 @@ from data import Recording, action_chunks, decode_pose, encode_command, encode_p
 from support import evaluate, report
 from support.files import InputError
 from support.linear import LinearCodec, likeness
+from support.presets import PRESETS
 from support.record import stage_demos, stage_play
 from support.runs import (RunSettings, Snapshots, Updates, command_line, cosine_lr, heldout_recording, load,
                           output, policy_weights, restore, save_result, seed_everything)
@@ -56,8 +60,9 @@ PROPRIO = 15                        # CALVIN's robot_obs: pose, gripper width, j
 TIME = 16                           # size of a denoising step's embedding
 
 # 1  Config ==================================================================================================
-#    Every setting of the program, once.  A field's prefix names its stage, which is done again when one of
-#    its fields, or of the stages it reads from, has changed.  Presets are differences to the defaults.
+#    Every setting worth turning; the first eight are worth reading, the rest can wait until their section.  A
+#    field's prefix names its stage, which is done again when one of its fields, or of the stages it reads
+#    from, has changed.  Presets (support/presets.py) are differences to the defaults.
 
 @dataclass
 class Config(RunSettings):          # which adds the bookkeeping: --run, --preset, --sim, --data ...
@@ -83,7 +88,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_classes: int = 32            # classes of a categorical latent (paper: 32)
     wm_h: int = 256                 # size of the deterministic state (paper: 1024)
     wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
-    wm_embed: int = 256             # width of the fused embedding of one observation
+    wm_embed: int = 256             # width of an embedding's image part; proprioception adds 15
     wm_octaves: int = 3             # sines of the commanded position, finest wavelength 4 cm (paper: 0)
     wm_batch: int = 32              # sequences a batch (paper: 50)
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
@@ -121,9 +126,9 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
-    ft_starts: float = 0.75         # dreams start in this first part of a demonstration (0: first frame) ...
-    ft_play: float = 0.06           # ... or in this share of play, the frames most like a demonstration
-    ft_shift: float = 0.006         # each dream misplaces the arm by so much (m), unseen (paper: 0)
+    ft_starts: float = 0.75         # dreams start in this first part of a demonstration (0: first frame)
+    ft_play: float = 0.06           # and in this share of play, the frames most like a demonstration
+    ft_shift: float = 0.006         # each dream misplaces the arm: std (m) in each of x, y, z (paper: 0)
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
     ft_minibatches: int = 5         # a pass (paper: 1)
@@ -144,26 +149,6 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     eval_official: int = 100        # start states of CALVIN's own protocol, a second column (--sim calvin)
     eval_steps: int = 72            # time limit (paper: 72)
 
-PRESETS = {
-    "cpu": {},
-    "gpu": dict(
-        wm_encoder="conv", wm_depth=32, wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512,
-        wm_embed=512, wm_updates=5000, wm_lr=6e-4, bc_hidden=512, ft_dreams=256),
-    "paper": dict(
-        play_frames=500_000, wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000,
-        wm_embed=1024, wm_updates=2_000_000, wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4, wm_open=0.0,
-        wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_noise=0.0, wm_octaves=0,
-        bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512,
-        reward_lr=1e-6, reward_updates=20_000, ft_iterations=770, ft_dreams=50, ft_chunks=36,
-        ft_starts=0.0, ft_play=0.0, ft_shift=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5,
-        ft_gamma=0.999, ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
-    "smoke": dict(
-        play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64,
-        wm_embed=64, wm_z=16, wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150,
-        reward_hidden=64, reward_updates=60, ft_iterations=3, ft_dreams=16, ft_epochs=2, ft_warmup=1,
-        ft_snapshot=2, eval_episodes=8, eval_curve=4, eval_official=2),
-}
-
 # 2  World model =============================================================================================
 #    A recurrent state-space model (DreamerV2, eq. 1): it watches both cameras and the robot's own pose, keeps
 #    a deterministic memory h and a stochastic guess z, and learns to foresee z unseen.
@@ -171,7 +156,7 @@ PRESETS = {
 #        h_t  = GRU(h_{t-1}, [z_{t-1}, a_{t-1}, c_t])  what has happened
 #        z^_t ~ prior(h_t)                             what the frame should look like    <- dreams use this
 #        z_t  ~ posterior(h_t, embedding of frame t)   what it does look like             <- robots use this
-#        frame_t ~ decoder(h_t, z_t, c_t)
+#        frame_t ~ decoder(h_t, z_t, c_t)              and the robot's own pose ~ pose_head(h_t, z_t, c_t)
 #
 #    The command c_t is the pose that the arm has been told to reach once a_{t-1} was added to it: the action
 #    says how it moves, the command where to.  One step of the model is wm_stride control steps: a_{t-1} and
@@ -336,7 +321,7 @@ class WorldModel(nn.Module):
         else:
             self.decoder = mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
         self.pose_head = mlp([self.feature_size, e, PROPRIO])
-        # Found in the recording: an action is added to the old target (1), or to where the arm is by then (0)
+        # Set by the recording's source: an action adds to the old target (1), or to where the arm is (0)
         self.register_buffer("keeps_target", torch.ones(()))
 
     def embed(self, obs):
@@ -348,7 +333,7 @@ class WorldModel(nn.Module):
         return torch.cat([self.fuse(seen), obs["proprio"]], -1)
 
     def blur(self, x, scale=1):
-        """Noise while learning, or pass after pass the model learns the play by heart."""
+        """Noise while learning, or the model overfits: it passes over the same play again and again."""
         if not (self.training and self.cfg.wm_noise):
             return x
         return x + scale * self.cfg.wm_noise * torch.randn_like(x)
@@ -359,7 +344,7 @@ class WorldModel(nn.Module):
         return h, torch.zeros(batch, latent_size(self.cfg), device=device)
 
     def step(self, h, z, action, command):
-        """The memory [B, h] after actions [B, stride * 7] that led the target through commands, as many."""
+        """The memory [B, h] after actions [B, stride * 7], and the commands [B, stride * 7] they led to."""
         return self.transition(h, z, self.moved(action, command))
 
     def moved(self, action, command):
@@ -380,7 +365,7 @@ class WorldModel(nn.Module):
     def rollout(self, embedding, action, command, context=None):
         """Watch a sequence and, beside it, dream it.
         embedding [B, T, E]; action, command [B, T, stride * 7] (what led to the frame); context [B]: frames
-        that the dreaming stream may watch before it closes its eyes, or None for no such stream.
+        that the dreaming stream may watch before it uses the prior alone, or None for no such stream.
         -> posterior features, (posteriors, priors) [B, T, stats_size], dreamed features [B, T, D] or None"""
         B, T = action.shape[:2]
         streams = 1 if context is None else 2
@@ -415,7 +400,7 @@ class WorldModel(nn.Module):
         return decode_pose(self.proprio(feature)[..., :POSE])
 
     def image_error(self, feature, batch):
-        """Half the squared error, summed over pixels (-1..1): a Gaussian likelihood.  [B, T]"""
+        """Half the squared error summed over pixels (-1..1): minus a Gaussian log-likelihood.  [B, T]"""
         if self.codec:
             parts = (self.decoder(feature) - batch["codes"]).square().split(self.codec.sizes, -1)
             static, gripper = [part.sum(-1) for part in parts]
@@ -451,7 +436,7 @@ class WorldModel(nn.Module):
         return torch.cat(seen), torch.cat(dreamed), frames
 
 def world_model_loss(wm, batch, cfg):
-    """DreamerV2's negative evidence bound, plus the same likelihood for frames that were only dreamed."""
+    """DreamerV2's loss without reward and discount heads, plus the same errors of frames only dreamed."""
     B, T = batch["action"].shape[:2]
     device = batch["action"].device
     context = None
@@ -462,16 +447,16 @@ def world_model_loss(wm, batch, cfg):
     keep = max(1, round(T * cfg.wm_decode))                 # decode a random subset of the time steps
     times = torch.randperm(T, device=device)[:keep]
     seen = {k: v[:, times] for k, v in batch.items() if k in ("codes", "rgb_static", "rgb_gripper")}
-    def likelihood(f):
+    def errors(f):
         image = wm.image_error(f[:, times], seen)                                         # [B, keep]
         pose = 0.5 * (wm.proprio(f) - batch["proprio"]).square().sum(-1)                  # [B, T]
         return image, pose
-    image, pose = likelihood(feature)
+    image, pose = errors(feature)
     loss = image.mean() + cfg.wm_kl * kl + cfg.wm_proprio * pose.mean()
     metrics = dict(image=image.mean(), pose=pose.mean(), kl=kl)
     if cfg.wm_open:
         blind = torch.arange(T, device=device) >= context[:, None]                        # [B, T]
-        dreamed_image, dreamed_pose = likelihood(dreamed)
+        dreamed_image, dreamed_pose = errors(dreamed)
         now = blind[:, times]                                                             # [B, keep]
         dreamed_image = (dreamed_image * now).sum() / now.sum().clamp(min=1)
         dreamed_pose = (dreamed_pose * blind).sum() / blind.sum()
@@ -485,11 +470,13 @@ def world_model_loss(wm, batch, cfg):
 #    demonstrated chunk.  For PPO (section 6) each of the last K' steps is a Gaussian whose log-density we can
 #    write down; that is the whole trick of DPPO.  The paper counts steps k = K..1, the code t = k - 1:
 #
-#        paper's k     code's t      turns           into          net    std in practice   std on the robot
-#        K ... K'+1    K-1 ... K'    noise           chain[0]      base   max(sigma, .1)    max(sigma, .001)
-#        K' ... 2      K'-1 ... 1    chain[K'-1-t]   chain[K'-t]   net    max(sigma, .1)    max(sigma, .001)
-#        1             0             chain[K'-1]     chain[K']     net    .1                0
+#        paper's k     code's t      turns           into          net    std, practising   std, on the robot
+#        K ... K'+1    K-1 ... K'    noise           chain[0]      base   max(sigma, ft_std)    sigma
+#        K' ... 2      K'-1 ... 1    chain[K'-1-t]   chain[K'-t]   net    max(sigma, ft_std)    sigma
+#        1             0             chain[K'-1]     chain[K']     net    ft_std                0
 #
+#    The log-probability uses the practice's std.  sigma is .08 or more at t > 0, but 1e-10 at t = 0: without
+#    the floor the last step would explore nothing, and its density would be too sharp to have a gradient.
 #    base is the cloned net, frozen; net is its copy that PPO trains; chain[K'] is what the arm executes.
 
 class TimeEmbedding(nn.Sequential):
@@ -564,7 +551,7 @@ class UNetDenoiser(nn.Module):
         return self.last(x).transpose(1, 2).unflatten(0, rows)                            # [..., H, A]
 
 def gaussian_logprob(x, mean, std):
-    """Element-wise log-density, clamped to [-5, 2] as in DPPO, so that one outlier cannot own a ratio."""
+    """Element-wise log-density, clamped to [-5, 2] as in DPPO, so that no outlier dominates a ratio."""
     return (-0.5 * ((x - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)).clamp(-5, 2)
 
 class DiffusionActor(nn.Module):
@@ -606,21 +593,22 @@ class DiffusionActor(nn.Module):
     @torch.no_grad()
     def sample_chain(self, feature, explore=True, frozen=False):
         """feature [B, D] -> chain [B, K'+1, H, A]: the first fine-tuned step's input, then each output.
-        explore: the stds of practice, noise within 3 std; else the robot's.  frozen: base all along."""
+        Noise stays within 3 std.  explore: the stds of practice, else the robot's.  frozen: base alone."""
         x = torch.randn(len(feature), self.cfg.bc_chunk, ACTION, device=feature.device)
         chain = [x] if self.ft_steps == self.K else []
         for t in reversed(range(self.K)):
             net = self.base if frozen or t >= self.ft_steps else self.net
             mean = self.mean(net, x, t, feature)
-            std = self.std[t].clamp(min=self.cfg.ft_std) if explore else self.std[t].clamp(min=1e-3) * (t > 0)
+            std = self.std[t].clamp(min=self.cfg.ft_std) if explore else self.std[t] * (t > 0)
             x = mean + std * torch.randn_like(x).clamp(-3, 3)
             if t <= self.ft_steps:
                 chain.append(x)
         return torch.stack(chain, 1)                                                      # [B, K'+1, H, A]
 
     def chain_logprob(self, feature, chain):
-        """Log-probability of every recorded step, AVERAGED over the chunk's numbers: summed, the clip range
-        would be 28 times too tight.  feature [B, D], chain [B, K'+1, H, A] -> [B, K']
+        """Log-probability of every recorded step, AVERAGED over the chunk's H * A numbers, as in DPPO: the
+        ratio of a sum would leave the clip range 28 times as soon.
+        feature [B, D], chain [B, K'+1, H, A] -> [B, K']
         Step j turns chain[j] into chain[j + 1], and t = K'-1-j."""
         t = torch.arange(self.ft_steps - 1, -1, -1, device=chain.device)                     # [K']
         mean = self.mean(self.net, chain[:, :-1], t, feature[:, None])                    # [B, K', H, A]
@@ -701,7 +689,7 @@ def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
 #    Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules compare now
 #    with the start ("the drawer has been closed by 12 cm"), so ours sees the first feature and the change
 #    since.  Demonstrations say what success looks like; play, unlabelled, says what everything else looks
-#    like, and that is what PPO will try to sell as success.
+#    like: PPO will try all of it.
 
 class Classifier(nn.Module):
     def __init__(self, cfg, feature_size):
@@ -716,7 +704,7 @@ class Classifier(nn.Module):
         return e, self.head(F.elu(e))
 
     def success(self, first, feature):
-        """The reward: 1.0 where class 1 wins, else 0.0: [...]"""
+        """The verdict: 1.0 where class 1 wins, else 0.0: [...]"""
         return self(first, feature)[1].argmax(-1).float()
 
     def success_twice(self, feature):
@@ -747,7 +735,7 @@ def classifier_loss(model, first, feature, label, weight, cfg):
 class DreamEnv:
     """B imagined arms.  reset() -> feature [B, D]
     step(chunk [B, H, A]) -> feature, reward, terminated, truncated, final; `feature` belongs to the restarted
-    dream where one ended, `final` is always the true next feature, to bootstrap from."""
+    dream where one ended, `final` is the next feature before any restart, to bootstrap from."""
     simulator_steps = 0                                     # a dream takes none; SimEnv counts its own
     def __init__(self, cfg, wm, classifier, embedding, command, target, dreams, horizon):
         """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from"""
@@ -763,11 +751,11 @@ class DreamEnv:
         index = torch.randint(0, len(self.bank[0]), (n,), device=self.bank[0].device)
         embedding, command, target = (x[index] for x in self.bank)
         h, z = self.wm.initial(n, embedding.device)
-        commands = command.repeat(1, self.cfg.wm_stride)    # [n, stride * 7]: it has stood still so far
+        commands = command.repeat(1, self.cfg.wm_stride)    # [n, stride * 7]: as if it had stood still
         h = self.wm.step(h, z, torch.zeros_like(commands), commands)
         z = sample_latent(self.wm.posterior(h, embedding), self.cfg)
         state = dict(h=h, z=z, command=command, target=target)
-        # In units of the command, 0.1 m.  The policy does not see it, or it would correct for it
+        # In units of the command, 0.1 m.  The feature's c is without it, or the policy would correct for it
         shift = self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
@@ -803,7 +791,7 @@ def dream_step(wm, state, action, shift=0.0):
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else target
     for a in action.unbind(1):
         target = advance_target(target, a, tcp, keep)
-        keep = 1                                            # tcp is not predicted anew in between
+        keep = 1                                            # within a step the guess of tcp stays
         command = encode_command(target, a[:, 6:])
         commands.append(command + shift)
     h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1))
@@ -811,7 +799,7 @@ def dream_step(wm, state, action, shift=0.0):
 
 def dream_chunk(wm, classifier, state, first, chunk, shift=0.0):
     """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two steps look
-    like success.  One would do for a robot; but latents flicker, and a policy learns to wait for that."""
+    like success.  One is noisy, for z is sampled, and PPO would wait for chance positives."""
     for action in chunk.split(wm.cfg.wm_stride, 1):
         before = state
         state = dream_step(wm, state, action, shift)
@@ -823,14 +811,16 @@ def executed(action):
     return torch.cat([action[..., :6].clamp(-1, 1), grip], -1)
 
 # 6  PPO through the chain (DPPO) ============================================================================
-#    One decision of the dream, a chunk, is K' small decisions, the denoising steps; each gets the chunk's
-#    advantage, discounted by how many steps are left to clean it.  Four things to get right: average a
-#    chunk's log-probs (chain_logprob), give noisy steps a tighter clip, bootstrap a cut dream from its own
-#    last feature, and stay close to what was cloned.
+#    Two nested decision processes.  The outer one's step is a chunk (T counts chunks here): rewards, values
+#    and GAE live on features.  The inner one's step is a denoising step: state (feature, chain[j]), action
+#    chain[j + 1], its log-probability by chain_logprob, and as advantage the chunk's, discounted by how many
+#    steps are left to clean it.  With K' = 1 that is one Gaussian around the executed chunk.  Four things to
+#    get right: average a chunk's log-probs, give noisy steps a tighter clip, bootstrap a cut dream from its
+#    own last feature, and stay close to what was cloned.
 
 def gae(reward, value, next_value, terminated, truncated, gamma, lam):
     """Generalised advantage estimation over chunks (1506.02438, eq. 16), all [T, B] -> advantage, return
-    next_value is the true next feature's, so a truncated dream bootstraps from its own end; the trace is cut
+    next_value is `final`'s, so a truncated dream bootstraps from its own end; the trace is cut
     at every end (DPPO's code lets it run on into another episode)."""
     advantage = torch.zeros_like(reward)
     trace = torch.zeros_like(reward[0])
@@ -846,8 +836,8 @@ def clip_schedule(cfg, steps, device):
     return cfg.ft_clip_first + (cfg.ft_clip - cfg.ft_clip_first) * (torch.exp(3 * x) - 1) / (math.exp(3) - 1)
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the running std of the discounted return, clipped to +-10; its state is saved.  It
-    counts a whole rollout before scaling it; DPPO's takes in one time step after the other."""
+    """Divides rewards by the running std of the discounted sum of rewards so far, clipped to +-10, as DPPO.
+    Advantages are normalised anyway: it keeps the critic's targets near one."""
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
@@ -887,7 +877,7 @@ def dream_rollout(cfg, env, actor, critic):
 
 def ppo_loss(cfg, actor, critic, b):
     """DPPO, eq. 11.  b: a minibatch with feature [N, D], chain [N, K'+1, H, A], logprob [N, K'], advantage,
-    return [N], anchor (chains of the frozen policy).  -> loss, diagnostics"""
+    return [N], anchor (chains of the cloned policy, to be kept likely).  -> loss, diagnostics"""
     left = torch.arange(actor.ft_steps - 1, -1, -1, device=b["feature"].device)    # steps left
     advantage = b["advantage"][:, None] * cfg.ft_gamma_denoise ** left                    # [N, K']
     log_ratio = actor.chain_logprob(b["feature"], b["chain"]) - b["logprob"]
@@ -1014,13 +1004,13 @@ def load_world_model(cfg):
     return wm.eval().requires_grad_(False)
 
 def stage_wm(cfg):
-    """Train the world model on play, then judge it on held-out play and on the demonstrations that judge."""
+    """Train the world model on play, then judge it on held-out play and held-out demonstrations."""
     dataset = load(cfg, "play")
     seed_everything(cfg.seed, "wm", "init")
     wm = WorldModel(cfg).to(cfg.device)
     optimizer = torch.optim.AdamW(wm.parameters(), cfg.wm_lr, eps=1e-5, weight_decay=cfg.wm_decay, fused=True)
     state = dict(model=wm, optimizer=optimizer)
-    if wm.codec and not restore(cfg, "wm", state):          # a second fit may turn signs round
+    if wm.codec and not restore(cfg, "wm", state):          # a second PCA may flip signs
         wm.codec.fit(dataset, cfg.seed)
     recording = Recording(cfg, dataset, wm)
     wm.keeps_target.fill_(recording.keeps_target)
@@ -1100,7 +1090,7 @@ def stage_reward(cfg):
     """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
     wm = load_world_model(cfg)
     recording = Recording(cfg, load(cfg, "demos"), wm)
-    play = Recording(cfg, load(cfg, "play"))                # little of it is looked at: no codes in advance
+    play = Recording(cfg, load(cfg, "play"))                # few frames are used: no codes in advance
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     first, feature, kind = reward_pairs(cfg, wm, recording, play, rng)
     pools = [torch.nonzero(kind == one)[:, 0] for one in kind.unique()]
@@ -1124,7 +1114,7 @@ def stage_finetune(cfg):
     seed_everything(cfg.seed, "finetune", cfg.task, "init")
     wm, actor, classifier = load_networks(cfg, "bc")
     env = DreamEnv(cfg, wm, classifier, *dream_starts(cfg, wm), cfg.ft_dreams, cfg.ft_horizon)
-    finetune(cfg, env, actor.train())
+    finetune(cfg, env, actor)
 
 @torch.no_grad()
 def dream_starts(cfg, wm):

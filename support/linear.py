@@ -70,7 +70,7 @@ class LinearCodec(nn.Module):
 
 
 def likeness(near, every):
-    """How much like the rows of near are those of every?  near [M, E], every [N, E] -> [N], higher is liker.
+    """How much like the rows of near [M, E] are those of every [N, E]?  -> [N], higher is more alike.
 
     A ridge regression that tells the two apart, both weighing the same."""
     x = F.pad(torch.cat([near, every]), (0, 1), value=1.0).double()

@@ -8,9 +8,9 @@ import numpy as np
 from calvin_sim import TASKS
 from data import FIELDS, HELD_OUT, Dataset, frame_bytes, pack, save_part
 from support import expert
-from support.files import InputError, free_space, replace_folder, writing
-from support.runs import (RENDERERS, check_data, first_seed, in_processes, load, make_sim, origin, output,
-                          sim_of, versions)
+from support.files import InputError, free_space, replace_folder, write_atomic, writing
+from support.runs import (RENDERERS, check_data, code, first_seed, in_processes, load, load_file, make_sim,
+                          origin, output, sim_of, versions)
 
 
 def stage_play(cfg):
@@ -65,8 +65,7 @@ def record(cfg, parts, wanted):
     Episodes that the expert fails are replaced by the next seed's.
     -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was
     interrupted"""
-    with writing(parts):
-        parts.mkdir(parents=True, exist_ok=True)
+    drop_others(cfg, parts, wanted)
     announce_space(cfg, parts, sum(count * (length or DEMO_FRAMES) for _, count, length in wanted.values()))
     good = {kind: [] for kind in wanted}
     tried = dict.fromkeys(wanted, 0)
@@ -85,6 +84,22 @@ def record(cfg, parts, wanted):
             if solved:
                 good[job["kind"]].append((job["path"], frames))
     return good
+
+
+def drop_others(cfg, parts, wanted):
+    """Make the folder of the parts; what lies there from a recording with other settings is deleted.
+
+    A part is known by its name: without this a recording that was cut off would go on with any settings."""
+    lengths = {kind: length for kind, (_, _, length) in wanted.items()}
+    stage = "play" if "play" in wanted else "demos"
+    made_with = dict(sim_of(cfg), seed=cfg.seed, lengths=lengths, code=code(cfg, stage))
+    note = parts / "made_with.json"
+    with writing(parts):
+        if parts.exists() and (not note.exists() or load_file(note) != made_with):
+            print(f"  {parts} is of a recording with other settings or code: it begins anew")
+            shutil.rmtree(parts)
+        parts.mkdir(parents=True, exist_ok=True)
+        write_atomic(note, lambda p: p.write_text(json.dumps(made_with)))
 
 
 DEMO_FRAMES = 75                  # of a demonstration, about: what disk space is reckoned with

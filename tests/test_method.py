@@ -67,10 +67,7 @@ def dream(cfg, wm, classifier=None, horizon=None):
 
 
 def optimizers_for(actor, critic):
-    return dict(
-        actor=torch.optim.AdamW(actor.net.parameters(), lr=1e-3),
-        critic=torch.optim.AdamW(critic.parameters(), lr=1e-3),
-    )
+    return [torch.optim.AdamW(net.parameters(), lr=1e-3) for net in (critic, actor.net)]
 
 
 def weights(module):
@@ -1269,7 +1266,7 @@ def test_dream_step_believes_its_own_pose():
     torch.testing.assert_close(wm.tcp(feature), pose)
     want = calvin_sim.advance_target(env.state["target"], action, pose)
     torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], want)
-    wm.keeps_target.zero_()                # a model of CALVIN's recordings: the target starts from the arm, each time
+    wm.keeps_target.zero_()        # a model of CALVIN's recordings: the target starts from the arm, each time
     want = calvin_sim.advance_target(pose, action, pose)
     torch.testing.assert_close(diwa.dream_step(wm, env.state, action[:, None])["target"], want)
     wm.keeps_target.fill_(1)
@@ -1417,7 +1414,8 @@ def test_fine_tuning_needs_no_simulator(kind, monkeypatch):
     model = weights(wm)
     for train_actor in (False, True):
         before = [weights(m) for m in (actor.net, critic, actor.base)]
-        metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, train_actor)
+        learning = optimizers if train_actor else optimizers[:1]
+        metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, *learning)
         after = [weights(m) for m in (actor.net, critic, actor.base)]
         assert [not torch.equal(a, b) for a, b in zip(before, after)] == [train_actor, True, False]
         assert all(v.isfinite() for v in metrics.values())
@@ -1439,8 +1437,8 @@ def test_dreams_that_have_not_ended_are_no_successes():
         feature = torch.zeros(4, wm.feature_size)
         return feature, terminated.float(), terminated, truncated, feature
     env.step = step
-    optimizers = optimizers_for(actor, critic)
-    metrics = diwa.ppo_iteration(cfg, env, actor, critic, diwa.RewardScaler(), optimizers, False)
+    optimizer = optimizers_for(actor, critic)[0]
+    metrics = diwa.ppo_iteration(cfg, env, actor, critic, diwa.RewardScaler(), optimizer)
     assert metrics["dream_success"] == 0.5
 
 
@@ -1469,8 +1467,7 @@ def test_iteration_bookkeeping(monkeypatch):
 
     monkeypatch.setattr(scaler, "forward", noted_forward)
     monkeypatch.setattr(diwa, "ppo_loss", noted_loss)
-    optimizers = dict(critic=torch.optim.AdamW(critic.parameters()))
-    diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers, False)
+    diwa.ppo_iteration(cfg, env, actor, critic, scaler, torch.optim.AdamW(critic.parameters()))
     # horizon 3, 5 chunks
     assert seen["over"].tolist() == [[False] * 6] * 2 + [[True] * 6] + [[False] * 6] * 2
     assert seen["gamma"] == cfg.ft_gamma and len(seen["advantage"]) == 30
@@ -1568,7 +1565,7 @@ def test_fine_tuning_runs_on_any_device(latent, kind):
     actor = diwa.build_actor(cfg, wm.feature_size)
     critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False).to("meta")
     scaler = diwa.RewardScaler().to("meta")
-    metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, optimizers_for(actor, critic), True)
+    metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, *optimizers_for(actor, critic))
     feature = env.reset()
     assert feature.is_meta and all(v.is_meta for v in metrics.values())
     chunk = torch.randn(6, 4, 7, device="meta")
