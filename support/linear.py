@@ -24,8 +24,9 @@ class LinearCodec(nn.Module):
         self.size = sum(self.sizes)
 
     def fit(self, dataset, seed):
-        """Learn both cameras' components from up to 5,000 frames of a recording."""
-        some = np.random.default_rng(seed).choice(len(dataset), min(5000, len(dataset)), replace=False)
+        """Learn both cameras' components from up to 5,000 frames of a recording, none of them held out."""
+        frames = np.concatenate([np.arange(a, b + 1) for a, b in dataset.split()[0]])
+        some = np.random.default_rng(seed).choice(frames, min(5000, len(frames)), replace=False)
         for name in ("static", "gripper"):
             frames = torch.from_numpy(dataset[f"rgb_{name}"][np.sort(some)])
             self.fit_camera(name, frames.to(self.static_mean.device))

@@ -179,7 +179,8 @@ def trust(task, success, play, heldout, watch_and_dream, rng):
     Held-out demonstrations that succeed within `length` frames (or None); and, where a rule can tell,
     as long stretches of held-out play from where the task can be done: most of it does something else, some
     of it fails nearly, and what succeeds does so in passing.
-    success(features [W, T, D]) -> bool [W, T], the classifier's.
+    success(features [W, T, D]) -> bool [W, T], the classifier's, asked at every step: PPO's reward asks only
+    at the ends of chunks, so this is the looser of the two.
     -> for both [[successes judged successes, judged failures],
                  [failures judged successes, judged failures]]"""
     length = play.ds.window_length()

@@ -131,6 +131,18 @@ def test_pack_and_dataset_round_trip(tmp_path):
     assert not (tmp_path / "ds.tmp").exists()
 
 
+def test_segments_are_one_an_episode_or_none(tmp_path):
+    """An episode without a demonstration is None; a list of another length, or a segment that does not fit, is
+    refused before anything is written."""
+    path, _ = packed(tmp_path, segments=[None, ("b", 2, 8), None])
+    assert data.Dataset(path).segments == [("b", 6, 12)]
+    with pytest.raises(InputError, match="1 segments for 3 episodes"):
+        packed(tmp_path / "short", segments=[("b", 2, 8)])
+    with pytest.raises(InputError, match="does not fit into its 4 frames"):
+        packed(tmp_path / "long", segments=[("b", 2, 8), None, None])
+    assert not (tmp_path / "short" / "ds").exists() and not (tmp_path / "long" / "ds").exists()
+
+
 def test_split_holds_out_whole_episodes_spread_over_the_recording(tmp_path):
     path, _ = packed(tmp_path, lengths=[2] * 20)
     train, test = data.Dataset(path).split()

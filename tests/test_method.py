@@ -847,6 +847,23 @@ def test_linear_codec_is_an_autoencoder():
     assert codec.whiten(codes).isfinite().all()
 
 
+def test_components_are_fitted_without_held_out_frames():
+    """The PCA sees no frame of the episodes that judge: those are white here, and the mean stays black."""
+    from types import SimpleNamespace
+    codec = diwa.LinearCodec(tiny(image_size=16, wm_codes=8))
+    frames = moving_dot(40).numpy()
+    frames[20:30] = 255
+    split = np.array([[0, 19], [30, 39]]), np.array([[20, 29]])
+
+    class Recorded(SimpleNamespace):
+        def __getitem__(self, name):
+            return frames
+
+    codec.fit(Recorded(split=lambda: split), 0)
+    seen = np.concatenate([frames[:20], frames[30:]]).reshape(30, -1) / 127.5 - 1
+    np.testing.assert_allclose(codec.static_mean.numpy(), seen.mean(0), atol=1e-5)
+
+
 def test_a_camera_that_shows_nothing_is_no_nan():
     """A robot without a gripper camera gives black frames: their codes have no spread, and a network's input
     stays finite."""
@@ -1150,6 +1167,8 @@ def test_the_robot_filters_as_training_does(no_noise, source, lead, stride):
     the target forgets its lead."""
     cfg, wm, dataset, rec = recorded(source, wm_stride=stride)
     assert rec.keeps_target == lead
+    dataset.meta["keeps_target"] = not lead                 # a robot's own recording may say it itself
+    assert data.Recording(cfg, dataset, wm).keeps_target != lead
     wm.keeps_target.fill_(rec.keeps_target)
     wm.eval().requires_grad_(False)
     batch = rec.batch(np.arange(20, 32, stride)[None])
