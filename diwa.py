@@ -51,8 +51,9 @@ from support.files import InputError
 from support.linear import LinearCodec, likeness
 from support.presets import PRESETS
 from support.record import stage_demos, stage_play
-from support.runs import (RunSettings, Snapshots, Updates, command_line, cosine_lr, heldout_recording, load,
-                          output, policy_weights, restore, save_result, seed_everything)
+from support.runs import (RunSettings, Snapshots, Updates, check_config, command_line, cosine_lr,
+                          heldout_recording, load, output, parse, policy_weights, restore, save_result,
+                          seed_everything)
 
 ACTION = 7                          # numbers of an action, and of a command
 POSE = 6                            # position and Euler angles of the tool
@@ -1170,6 +1171,10 @@ def load_networks(cfg, policy):
 
 def load_agent(cfg, policy):
     return Agent(cfg, *load_networks(cfg, policy))
+
+def deploy(*flags):
+    """The tuned agent of a finished run, for a robot: deploy("--run", "tea", "--task", "pour_tea")."""
+    return load_agent(check_config(parse(flags, Config, PRESETS, "", "")), "tuned")
 
 def stage_eval(cfg):
     """Before and after from the same start states: only here does the tuned policy meet a simulator."""
