@@ -1,9 +1,11 @@
-"""How fast is it?  python tests/bench.py prints one table: simulator, world model, dream and PPO, on one core and this machine's matmul rate.
-With a GPU: python tests/bench.py --device cuda (its preset is `gpu` then; --preset cpu, or any other flag of diwa.py, works here too).
+"""How fast is it?  python tests/bench.py prints one table: simulator, world model, dream and PPO, on one core
+and this machine's matmul rate.
+With a GPU: python tests/bench.py --device cuda (its preset is `gpu` then; --preset cpu, or any other flag of
+diwa.py, works here too).
 Real pictures: python tests/bench.py --sim calvin --calvin-root PATH compares RealCalvin with calvin_env.
 
-FLOPs are counted by torch's own counter over one update; "share" is FLOPs a second over what a 512 x 512 float32 matmul reaches on the same
-thread count in the same minute."""
+FLOPs are counted by torch's own counter over one update; "share" is FLOPs a second over what a 512 x 512
+float32 matmul reaches on the same thread count in the same minute."""
 import sys
 import time
 from pathlib import Path
@@ -24,11 +26,14 @@ from support.runs import check_config, parse
 def rate(call, seconds=4.0):
     """Calls a second: the median over repeats, after one warm-up call."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    call(), wait()
-    times, end = [], time.perf_counter() + seconds
+    call()
+    wait()
+    times = []
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
         t = time.perf_counter()
-        call(), wait()
+        call()
+        wait()
         times.append(time.perf_counter() - t)
     return 1 / float(np.median(times))
 
@@ -40,11 +45,15 @@ def flops(call):
 
 
 def bench_simulator():
-    """Replays three recorded attempts of the expert, contacts and resets included; the expert's own thinking is not timed."""
-    sim, episodes = calvin_sim.Tabletop(64), []
+    """Replays three recorded attempts of the expert, contacts and resets included; the expert's own thinking
+    is not timed."""
+    sim = calvin_sim.Tabletop(64)
+    episodes = []
     for task in ("open_drawer", "move_slider_left", "turn_on_led"):
         start = calvin_sim.sample_start(task, np.random.default_rng(0))
-        obs, expert, actions = sim.reset(*start), calvin_sim.Expert(task, np.random.default_rng(0)), []
+        obs = sim.reset(*start)
+        expert = calvin_sim.Expert(task, np.random.default_rng(0))
+        actions = []
         for _ in range(60):
             actions.append(expert.act(obs["robot_obs"], obs["scene_obs"]))
             obs = sim.step(actions[-1])
@@ -55,6 +64,7 @@ def bench_simulator():
             sim.reset(*start)
             for action in actions:
                 sim.step(action)
+
     return 3 * 60 * rate(replay, 8)
 
 
@@ -70,7 +80,8 @@ def bench_calvin(root, rounds=3):
     times = {way: [] for way in ways}
     for task in ("open_drawer", "move_slider_left", "turn_on_led"):
         episode = expert.demo_episode(sim, task, 0)[0]
-        start, actions = (episode["robot_obs"][0], episode["scene_obs"][0]), episode["rel_actions"][:60]
+        start = episode["robot_obs"][0], episode["scene_obs"][0]
+        actions = episode["rel_actions"][:60]
         for _ in range(rounds):
             for way, stride in ways.items():
                 sim.reset(*start)
@@ -89,11 +100,13 @@ def bench_calvin(root, rounds=3):
 
 def world_model_update(cfg, wm):
     B, T = cfg.wm_batch, cfg.wm_length
-    batch = {k: torch.randn(B, T, n) for k, n in (("action", 7 * cfg.wm_stride), ("command", 7 * cfg.wm_stride), ("proprio", 15))}
+    sizes = dict(action=7 * cfg.wm_stride, command=7 * cfg.wm_stride, proprio=15)
+    batch = {k: torch.randn(B, T, n) for k, n in sizes.items()}
     if wm.codec:
         batch["codes"] = torch.randn(B, T, wm.codec.size)
     else:
-        batch.update({k: torch.randint(0, 255, (B, T, 64, 64, 3), dtype=torch.uint8) for k in ("rgb_static", "rgb_gripper")})
+        for k in ("rgb_static", "rgb_gripper"):
+            batch[k] = torch.randint(0, 255, (B, T, 64, 64, 3), dtype=torch.uint8)
     batch = {k: v.to(cfg.device) for k, v in batch.items()}
     optimizer = torch.optim.AdamW(wm.parameters(), lr=1e-4, fused=True)
 
@@ -102,13 +115,16 @@ def world_model_update(cfg, wm):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+
     return update
 
 
 def dream(cfg, wm):
     classifier = diwa.Classifier(cfg, wm.feature_size).to(cfg.device)
     target = data.HOME_POSE + 0.01 * torch.randn(50, 6)
-    starts = [x.to(cfg.device) for x in (torch.randn(50, wm.embed_size), data.encode_command(target, torch.ones(50, 1)), target)]
+    embedding = torch.randn(50, wm.embed_size)
+    command = data.encode_command(target, torch.ones(50, 1))
+    starts = [x.to(cfg.device) for x in (embedding, command, target)]
     env = diwa.DreamEnv(cfg, wm, classifier, *starts, cfg.ft_dreams, cfg.ft_horizon)
     env.reset()
     return env
@@ -117,34 +133,44 @@ def dream(cfg, wm):
 def ppo_update(cfg, wm):
     actor = diwa.build_actor(cfg, wm.feature_size)
     critic = diwa.mlp([wm.feature_size, 256, 256, 256, 1], torch.nn.Mish, norm=False).to(cfg.device)
-    feature = torch.randn(cfg.ft_dreams * cfg.ft_chunks // cfg.ft_minibatches, wm.feature_size, device=cfg.device)
+    samples = cfg.ft_dreams * cfg.ft_chunks // cfg.ft_minibatches
+    feature = torch.randn(samples, wm.feature_size, device=cfg.device)
     chain = actor.sample_chain(feature)
-    batch = dict(feature=feature, chain=chain, anchor=chain, logprob=actor.chain_logprob(feature, chain).detach(), advantage=torch.randn_like(feature[:, 0]))
+    logprob = actor.chain_logprob(feature, chain).detach()
+    advantage = torch.randn_like(feature[:, 0])
+    batch = dict(feature=feature, chain=chain, anchor=chain, logprob=logprob, advantage=advantage)
     batch["return"] = torch.randn_like(feature[:, 0])
 
     def update():
         loss, _ = diwa.ppo_loss(cfg, actor, critic, batch)
         loss.backward()
+
     return update, len(feature) * actor.ft_steps
 
 
 def main(argv):
     torch.set_num_threads(1)
-    cfg = check_config(parse(argv or ["--device", "cpu", "--preset", "cpu"], diwa.Config, diwa.PRESETS, __doc__.splitlines()[0], ""))
+    flags = argv or ["--device", "cpu", "--preset", "cpu"]
+    what = " ".join(__doc__.splitlines()[:2])
+    cfg = check_config(parse(flags, diwa.Config, diwa.PRESETS, what, ""))
     if cfg.sim == "calvin":
         return bench_calvin(cfg.calvin_root)
     if cfg.device == "cuda":
         torch.cuda.init()
-    print(f"{torch.cuda.get_device_name() if cfg.device == 'cuda' else 'one core'}, preset {cfg.preset}; torch {torch.__version__}")
+    device = torch.cuda.get_device_name() if cfg.device == "cuda" else "one core"
+    print(f"{device}, preset {cfg.preset}; torch {torch.__version__}")
     rows = [("simulator steps/s, two 64x64 cameras", bench_simulator(), None)]
     a, b = torch.randn(2, 512, 512, device=cfg.device)
     peak = 2 * 512 ** 3 * rate(lambda: a @ b, 2)
     wm = diwa.WorldModel(cfg).to(cfg.device)
     update = world_model_update(cfg, wm)
     speed = rate(update)
-    rows.append(("world model training, frames/s", speed * cfg.wm_batch * cfg.wm_length, speed * flops(update) / peak))
-    env, chunk = dream(cfg, wm), torch.randn(cfg.ft_dreams, cfg.bc_chunk, 7, device=cfg.device)
-    rows.append(("imagined control steps/s", rate(lambda: env.step(chunk)) * cfg.ft_dreams * cfg.bc_chunk, None))
+    frames = speed * cfg.wm_batch * cfg.wm_length
+    rows.append(("world model training, frames/s", frames, speed * flops(update) / peak))
+    env = dream(cfg, wm)
+    chunk = torch.randn(cfg.ft_dreams, cfg.bc_chunk, 7, device=cfg.device)
+    steps = rate(lambda: env.step(chunk)) * cfg.ft_dreams * cfg.bc_chunk
+    rows.append(("imagined control steps/s", steps, None))
     update, samples = ppo_update(cfg, wm)
     speed = rate(update)
     rows.append(("PPO chain samples/s", speed * samples, speed * flops(update) / peak))
