@@ -1,7 +1,9 @@
-"""Killed at random, it ends as if nothing had happened:  python tests/stress.py [--kills 20] [--workers-killed 10]
+"""Killed at random, it ends as if nothing had happened:
+python tests/stress.py [--kills 20] [--workers-killed 10]
 
-Runs the smoke preset undisturbed; then again with kill -9 of everything at random moments, the same command each time; then with kill -9
-of single worker processes while it records and while it evaluates.  Weights and outcomes must be equal bit for bit.
+Runs the smoke preset undisturbed; then again with kill -9 of everything at random moments, the same command
+each time; then with kill -9 of single worker processes while it records and while it evaluates.  Weights and
+outcomes must be equal bit for bit.
 """
 import argparse
 import json
@@ -21,8 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(folder, *flags):
-    command = [sys.executable, str(ROOT / "diwa.py"), "--preset", "smoke", "--device", "cpu", "--runs", str(folder), *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, str(ROOT / "diwa.py"), "--preset", "smoke", "--device", "cpu"]
+    command += ["--runs", str(folder), *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def differences(a, b):
@@ -50,7 +55,8 @@ def processes_below(pid):
 
 
 def killed_at_random(folder, kills, seconds, rng):
-    """Kill the whole program `kills` times, then let it end.  -> how often it had ended before it was killed"""
+    """Kill the whole program `kills` times, then let it end.
+    -> how often it had ended before it was killed"""
     early = 0
     for _ in range(kills):
         process = start(folder)
@@ -73,7 +79,8 @@ def killed_at_random(folder, kills, seconds, rng):
 
 
 def workers_killed(folder, kills, rng):
-    """Kill one worker at a time, half of them while it records, half while it evaluates.  -> list of (seconds until it ended, what it said)"""
+    """Kill one worker at a time, half of them while it records, half while it evaluates.
+    -> list of (seconds until it ended, what it said)"""
     seen = []
     for i in range(kills):
         stage = "play" if i < kills // 2 else "eval"
@@ -82,7 +89,8 @@ def workers_killed(folder, kills, rng):
                 start(folder, "--stage", name).wait()
         process = start(folder, "--stage", stage, *(["--play_frames", "2000"] if stage == "play" else []))
         workers = []
-        while not workers and process.poll() is None:       # below the program: the fork server; below that: workers
+        # below the program: the fork server; below that: workers
+        while not workers and process.poll() is None:
             time.sleep(0.02)
             below = processes_below(process.pid)
             workers = [pid for pid in below if any(pid in processes_below(other) for other in below)]
@@ -102,7 +110,7 @@ def workers_killed(folder, kills, rng):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers-killed", type=int, default=10)
     arguments = parser.parse_args()
@@ -115,12 +123,14 @@ def main():
         seconds = time.time() - began
         early = killed_at_random(folders[1], arguments.kills, seconds, rng)
         apart = differences(folders[0] / "smoke", folders[1] / "smoke")
-        print(f"{arguments.kills} kills ({early} came too late): {'differs in ' + ', '.join(apart) if apart else 'equal bit for bit'}", flush=True)
+        verdict = "differs in " + ", ".join(apart) if apart else "equal bit for bit"
+        print(f"{arguments.kills} kills ({early} came too late): {verdict}", flush=True)
         seen = workers_killed(folders[2], arguments.workers_killed, rng)
         for wait, code, error in seen:
             print(f"a worker killed: exit code {code} after {wait:.1f} s: {error[:160]}")
         apart += differences(folders[0] / "smoke", folders[2] / "smoke")
-        print(f"then to the end: {'differs in ' + ', '.join(apart) if apart else 'equal bit for bit'}")
+        verdict = "differs in " + ", ".join(apart) if apart else "equal bit for bit"
+        print(f"then to the end: {verdict}")
     return 1 if apart else 0
 
 
