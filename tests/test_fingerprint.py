@@ -1,4 +1,5 @@
-"""Changed code is noticed: exactly the stages that depend on it are done again, and a comment changes nothing."""
+"""Changed code is noticed: exactly the stages that depend on it are done again, and a comment changes
+nothing."""
 import dataclasses
 import json
 import shutil
@@ -19,16 +20,19 @@ CHANGES = [  # file, line of it, what it becomes, stages whose own code that cha
     ("diwa.py", "trace = delta + gamma * lam * trace", "trace = delta + lam * trace", {"finetune"}),
     ("diwa.py", "angle = position * 2 ** (k + 2)", "angle = position * 2 ** (k + 1)", LEARNT),
     ("diwa.py", "similarity = z @ z.T / tau", "similarity = z @ z.T * tau", {"reward"}),
-    ("calvin_sim.py", "self.command = 1.0 if action[6] >= 0 else -1.0", "self.command = 1.0 if action[6] > 0 else -1.0", {"play", "demos", "eval"}),
+    ("calvin_sim.py", "self.command = 1.0 if action[6] >= 0 else -1.0",
+     "self.command = 1.0 if action[6] > 0 else -1.0", {"play", "demos", "eval"}),
     ("data.py", "POSE_SCALE = torch.tensor([0.1,", "POSE_SCALE = torch.tensor([0.2,", LEARNT),
     ("support/expert.py", "self.pace = min(", "self.pace = max(", {"play", "demos"}),
     ("support/evaluate.py", "if not solved[i] and", "if solved[i] and", {"eval"}),
-    ("diwa.py", "delta = reward[t] + gamma", "# what was not expected\n        delta = (reward[t]) + gamma", set()),
+    ("diwa.py", "delta = reward[t] + gamma", "# what was not expected\n        delta = (reward[t]) + gamma",
+     set()),
     ("diwa.py", '"""Generalised advantage estimation', '"""Generalized advantage estimation', set()),
     ("diwa.py", "wm_kl: float = 0.3 ", "wm_kl: float = 0.31", set()),
     ("support/runs.py", "if now - self.shown <", "if now - self.shown <=", set()),
     ("support/calvin_real.py", "self.pristine = self.env.p.saveState()", "self.pristine = None", set()),
 ]
+
 
 def tree(folder):
     """A copy of the program."""
@@ -45,15 +49,29 @@ def edit(folder, file, old, new):
     (folder / file).write_text(text.replace(old, new))
 
 
+CODES = """
+import sys
+import json
+from support import fingerprint, runs
+import diwa
+from pathlib import Path
+cfg = diwa.Config(run='r')
+out = {}
+for name in json.loads(sys.argv[1]):
+    fingerprint.ROOT = Path(name)
+    fingerprint.definitions.cache_clear()
+    fingerprint.code_of.cache_clear()
+    out[name] = {s: runs.code(cfg, s) for s in runs.STAGES}
+print(json.dumps(out))
+"""
+
+
 def test_exactly_the_stages_that_reach_a_line_see_it_change(tmp_path):
-    code = "import sys\n" + "import json\nfrom support import fingerprint, runs\nimport diwa\nfrom pathlib import Path\n" \
-           "cfg = diwa.Config(run='r')\nout = {}\nfor name in json.loads(sys.argv[1]):\n    fingerprint.ROOT = Path(name)\n" \
-           "    fingerprint.definitions.cache_clear()\n    fingerprint.code_of.cache_clear()\n" \
-           "    out[name] = {s: runs.code(cfg, s) for s in runs.STAGES}\nprint(json.dumps(out))\n"
     folders = [tree(tmp_path / str(i)) for i in range(len(CHANGES) + 1)]
     for folder, (file, old, new, _) in zip(folders, CHANGES):
         edit(folder, file, old, new)
-    result = subprocess.run([sys.executable, "-c", code, json.dumps(list(map(str, folders)))], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", CODES, json.dumps(list(map(str, folders)))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     codes = json.loads(result.stdout)
     plain = codes[str(folders[-1])]
@@ -71,25 +89,31 @@ def program(tmp_path_factory):
 
 
 def call(folder, *flags):
-    few = ["--play_frames", "2000", "--play_replay", "1", "--demo_count", "2", "--wm_updates", "20", "--bc_updates", "20",
-           "--reward_updates", "20", "--ft_iterations", "2", "--eval_episodes", "2", "--eval_curve", "0"]
-    command = [sys.executable, str(folder / "diwa.py"), "--preset", "smoke", "--device", "cpu", "--task", "close_drawer", *few, *flags]
+    few = ["--play_frames", "2000", "--play_replay", "1", "--demo_count", "2", "--wm_updates", "20",
+           "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2", "--eval_episodes", "2",
+           "--eval_curve", "0"]
+    command = [sys.executable, str(folder / "diwa.py"), "--preset", "smoke", "--device", "cpu"]
+    command += ["--task", "close_drawer", *few, *flags]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
 def test_a_changed_line_is_done_again_and_a_comment_is_not(program):
     skipped = call(program, "--stage", "all").stdout.count("skipped")
     assert skipped == len(ALL)
-    edit(program, "diwa.py", "trace = delta + gamma * lam * trace", "trace = delta + 1.0 * gamma * lam * trace")
+    edit(program, "diwa.py",
+         "trace = delta + gamma * lam * trace", "trace = delta + 1.0 * gamma * lam * trace")
     refused = call(program, "--stage", "eval")
     assert refused.returncode == 2 and "diwa.gae" in refused.stderr and "--keep finetune" in refused.stderr
     kept = call(program, "--stage", "all", "--keep", "finetune")
     assert kept.returncode == 0 and kept.stdout.count("skipped") == len(ALL)
     again = call(program, "--stage", "finetune")
-    assert again.returncode == 0 and "finetune: the code of diwa.gae has changed; it is done again" in again.stdout and "last time" in again.stdout
+    assert again.returncode == 0 and "last time" in again.stdout
+    assert "finetune: the code of diwa.gae has changed; it is done again" in again.stdout
     after = call(program, "--stage", "all")
-    assert after.returncode == 0 and after.stdout.count("skipped") == len(ALL) - 1 and "eval: finetune has been made anew" in after.stdout
-    edit(program, "diwa.py", "        trace = delta + 1.0 *", "        # as before\n        trace = delta + 1.0 *")
+    assert after.returncode == 0 and after.stdout.count("skipped") == len(ALL) - 1
+    assert "eval: finetune has been made anew" in after.stdout
+    edit(program, "diwa.py",
+         "        trace = delta + 1.0 *", "        # as before\n        trace = delta + 1.0 *")
     assert call(program, "--stage", "all").stdout.count("skipped") == len(ALL)
 
 
@@ -103,8 +127,8 @@ def test_a_result_without_a_new_flag_or_without_code_still_loads(program):
     for key in ("code", "python", "made_from"):
         del content[key]
     torch.save(content, path)
-    cfg = runs.check_config(runs.parse(["--run", "smoke", "--runs", str(program / "runs"), "--device", "cpu", "--task", "close_drawer"],
-                                       diwa.Config, diwa.PRESETS, "", ""))
+    flags = ["--run", "smoke", "--runs", str(program / "runs"), "--device", "cpu", "--task", "close_drawer"]
+    cfg = runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
     assert runs.load(cfg, "wm")["model"]
     with pytest.raises(runs.InputError, match="wm_free=0.0.*wm_free=1.0"):
         runs.load(dataclasses.replace(cfg, wm_free=1.0), "wm")
