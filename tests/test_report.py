@@ -1,4 +1,5 @@
-"""What is printed about results: intervals against published values, the world model's judges on made-up dreams, and the README's own table."""
+"""What is printed about results: intervals against published values, the world model's judges on made-up
+dreams, and the README's own table."""
 import json
 import sys
 from pathlib import Path
@@ -15,76 +16,118 @@ from data import Recording
 from support import report
 
 
-@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (81, 263, 0.2553, 0.3662)])
+@pytest.mark.parametrize("k, n, low, high", [
+    (0, 10, 0.0, 0.2775),
+    (10, 10, 0.7225, 1.0),
+    (50, 100, 0.4038, 0.5962),
+    (81, 263, 0.2553, 0.3662),
+])
 def test_wilson_interval(k, n, low, high):
     """81 of 263 is Newcombe's (1998) example."""
     assert report.wilson(k, n) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_paired_difference():
-    """5 gained, none lost: the exact McNemar p is 2 / 2^5; swapping the two mirrors everything; equal policies differ by nothing."""
-    before, after = [0] * 5 + [1] * 15, [1] * 20
-    d, mirrored = report.paired(before, after), report.paired(after, before)
-    assert (d["gained"], d["lost"], d["difference"], d["p"]) == (5, 0, 0.25, 0.0625) and d["low"] < 0.25 < d["high"]
+    """5 gained, none lost: the exact McNemar p is 2 / 2^5; swapping the two mirrors everything; equal
+    policies differ by nothing."""
+    before = [0] * 5 + [1] * 15
+    after = [1] * 20
+    d = report.paired(before, after)
+    mirrored = report.paired(after, before)
+    assert (d["gained"], d["lost"], d["difference"], d["p"]) == (5, 0, 0.25, 0.0625)
+    assert d["low"] < 0.25 < d["high"]
     assert mirrored["low"] == pytest.approx(-d["high"]) and mirrored["difference"] == -0.25
     same = report.paired(before, before)
-    assert same["difference"] == 0 and same["p"] == 1 and same["low"] == pytest.approx(-same["high"]) and same["high"] > 0
+    assert same["difference"] == 0 and same["p"] == 1
+    assert same["low"] == pytest.approx(-same["high"]) and same["high"] > 0
 
 
 def test_paired_interval_covers():
     """Of 95 % intervals about 95 % contain the true difference."""
-    rng, inside = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    inside = []
     for _ in range(500):
         before = rng.random(100) < 0.6
-        after = np.where(before, rng.random(100) < 0.95, rng.random(100) < 0.6)             # gains .24, loses .03
+        after = np.where(before, rng.random(100) < 0.95, rng.random(100) < 0.6)      # gains .24, loses .03
         d = report.paired(before, after)
         inside.append(d["low"] <= 0.21 <= d["high"])
     assert 0.92 < np.mean(inside) < 0.98
 
 
 def test_missed_events_and_false_alarms():
-    """Four windows: a door that opens and is dreamed to, one that is missed, one that stands still in both, one that opens in the dream only."""
-    truth, guess = torch.zeros(4, 73, 8), torch.zeros(4, 73, 8)
+    """Four windows: a door that opens and is dreamed to, one that is missed, one that stands still in both,
+    one that opens in the dream only."""
+    truth = torch.zeros(4, 73, 8)
+    guess = torch.zeros(4, 73, 8)
     truth[:2, 5:, 0] = 0.2
     guess[[0, 3], 5:, 0] = 0.18
     row = next(r for r in report.open_loop_errors(guess, truth) if (r["what"], r["step"]) == ("slider", 40))
     assert row["events"] == row["windows"] == 2 and row["hits"] == row["false"] == 0.5
-    assert row["error"] == pytest.approx((0.02 + 0.2 + 0.18) / 4) and row["error_moving"] == pytest.approx(0.11) and row["still"] == pytest.approx(0.1)
+    assert row["error"] == pytest.approx((0.02 + 0.2 + 0.18) / 4)
+    assert row["error_moving"] == pytest.approx(0.11) and row["still"] == pytest.approx(0.1)
     led = next(r for r in report.open_loop_errors(guess, truth) if (r["what"], r["step"]) == ("led", 40))
     assert led["events"] == 0 and np.isnan(led["hits"]) and led["false"] == 0
     assert report.share_of_change(guess[..., 0][:2], truth[..., 0][:2]) == 0.5
 
 
 def test_trust_counts_attempts_by_truth_and_verdict():
-    """A verdict that reads the feature, which here is the truth for half of the windows, lands in the right cells; impossible starts are left out."""
+    """A verdict that reads the feature, which here is the truth for half of the windows, lands in the right
+    cells; impossible starts are left out."""
     scene = np.zeros((400, 24), np.float32)
-    scene[100:120, 1], scene[200:210, 1] = np.linspace(0.2, 0, 20), 0.2          # a drawer that closes after frame 100; open but left alone at 200
+    scene[100:120, 1] = np.linspace(0.2, 0, 20)             # a drawer that closes after frame 100
+    scene[200:210, 1] = 0.2                                 # open but left alone at 200
+
     class MadeUp(SimpleNamespace):
-        has_rule, success = Recording.has_rule, Recording.success
-    split = SimpleNamespace(has_scene=True, window_length=lambda: length, split=lambda: (np.zeros((0, 2), int), np.array([[100, 119], [200, 209], [300, 330]])), segments=[])
+        has_rule = Recording.has_rule
+        success = Recording.success
+
+    held_out = np.array([[100, 119], [200, 209], [300, 330]])
+    split = SimpleNamespace(
+        has_scene=True,
+        window_length=lambda: length,
+        split=lambda: (np.zeros((0, 2), int), held_out),
+        segments=[],
+    )
     play = MadeUp(ds=split, scene=scene)
-    judges = MadeUp(ds=SimpleNamespace(has_scene=True, segments=[("close_drawer", 100, 119), ("open_drawer", 0, 9)]), scene=scene)
+    segments = [("close_drawer", 100, 119), ("open_drawer", 0, 9)]
+    judges = MadeUp(ds=SimpleNamespace(has_scene=True, segments=segments), scene=scene)
 
     def views(recording, starts, length, last=None):
         frames = starts[:, None] + np.arange(length)
         frames = frames if last is None else np.minimum(frames, last[:, None])
         return None, torch.from_numpy(scene[frames]), frames
+
     def optimist(feature):
         return torch.ones(feature.shape[:2], dtype=torch.bool)
+
     def honest(feature):
         return torch.from_numpy(calvin_sim.success("close_drawer", feature[:, :1].numpy(), feature.numpy()))
-    length, rng = 10, np.random.default_rng(0)
+
+    length = 10
+    rng = np.random.default_rng(0)
     tables = report.trust("close_drawer", honest, play, judges, views, rng)
-    assert tables == dict(demonstrations=[[0, 0], [0, 0]], play=[[0, 0], [0, 9]]), "in 10 frames it closes by less than .12: 8 starts with room, 1 left alone; the demonstration is cut before it succeeds"
+    want = dict(demonstrations=[[0, 0], [0, 0]], play=[[0, 0], [0, 9]])
+    assert tables == want, ("in 10 frames it closes by less than .12: 8 starts with room, 1 left alone; "
+                            "the demonstration is cut before it succeeds")
     length = 19
     tables = report.trust("close_drawer", optimist, play, judges, views, rng)
-    assert tables == dict(demonstrations=[[1, 0], [0, 0]], play=[[2, 0], [0, 0]]), "2 windows of 19 frames and the demonstration"
-    assert report.trusted(dict(demonstrations=[[1, 2], [3, 4]], play=[[5, 6], [7, 8]])) == ("1 of 3 in demonstrations, 5 of 11 in play", "10 of 22")
+    want = dict(demonstrations=[[1, 0], [0, 0]], play=[[2, 0], [0, 0]])
+    assert tables == want, "2 windows of 19 frames and the demonstration"
+    tables = dict(demonstrations=[[1, 2], [3, 4]], play=[[5, 6], [7, 8]])
+    assert report.trusted(tables) == ("1 of 3 in demonstrations, 5 of 11 in play", "10 of 22")
 
 
-@pytest.mark.parametrize("folder, page", [("results", "docs/RESULTS.md"), ("results/gpu", "docs/RESULTS.md"), ("results/calvin", "docs/RESULTS.md"), ("results/predicate9000", "docs/EXPERIMENTS.md"), ("results/demos10_rounds", "docs/EXPERIMENTS.md"), ("results/demos10_mixed", "docs/EXPERIMENTS.md")])
+@pytest.mark.parametrize("folder, page", [
+    ("results", "docs/RESULTS.md"),
+    ("results/gpu", "docs/RESULTS.md"),
+    ("results/calvin", "docs/RESULTS.md"),
+    ("results/predicate9000", "docs/EXPERIMENTS.md"),
+    ("results/demos10_rounds", "docs/EXPERIMENTS.md"),
+    ("results/demos10_mixed", "docs/EXPERIMENTS.md"),
+])
 def test_the_pages_show_what_the_rows_say(folder, page):
-    """The results tables in the README and in EXPERIMENTS.md are what report.py prints from the committed rows."""
+    """The results tables in the README and in EXPERIMENTS.md are what report.py prints from the committed
+    rows."""
     rows = [json.loads(p.read_text()) for p in sorted((ROOT / "docs" / folder).glob("*.json"))]
     text = (ROOT / page).read_text()
     assert rows and all(line in text for line in report.table(rows))
@@ -93,22 +136,34 @@ def test_the_pages_show_what_the_rows_say(folder, page):
 
 
 def test_share_of_failures_removed():
-    """40 of 50 failures gone, nothing lost: 80 %, with about a binomial's interval; and a policy that got worse removes a negative share."""
-    before, after = np.r_[np.zeros(50), np.ones(50)], np.r_[np.ones(40), np.zeros(10), np.ones(50)]
-    share, low, high = (float(x.strip("%[],")) for x in report.removed(before, after).replace("% ", "").split())
+    """40 of 50 failures gone, nothing lost: 80 %, with about a binomial's interval; and a policy that got
+    worse removes a negative share."""
+    before = np.r_[np.zeros(50), np.ones(50)]
+    after = np.r_[np.ones(40), np.zeros(10), np.ones(50)]
+    words = report.removed(before, after).replace("% ", "").split()
+    share, low, high = (float(x.strip("%[],")) for x in words)
     assert share == 80 and 67 <= low <= 71 and 88 <= high <= 92
     assert report.removed(after, before).startswith("-400 %")
 
 
 def test_seeds_of_a_task_are_pooled():
-    """Two seeds become one line with all their episodes and each seed's own success; their order does not matter."""
-    row = dict(task="turn_on_led", before=[0, 0, 0, 1], after=[1, 1, 1, 1], dream_before=0.5, dream=1.0, curve={}, replay_share={"turn_on_led": 0.8}, trust={"play": [[3, 1], [0, 6]]},
-               classifier=[1.0, 0.5], minutes={"wm": 20})
-    other = dict(row, seed=1, before=[1, 1, 0, 1], after=[1, 1, 0, 1], replay_share={"turn_on_led": 0.6}, trust={"play": [[1, 1], [2, 6]]}, minutes={"wm": 30})
+    """Two seeds become one line with all their episodes and each seed's own success; their order does not
+    matter."""
+    row = dict(
+        task="turn_on_led", before=[0, 0, 0, 1], after=[1, 1, 1, 1], dream_before=0.5, dream=1.0, curve={},
+        replay_share={"turn_on_led": 0.8}, trust={"play": [[3, 1], [0, 6]]}, classifier=[1.0, 0.5],
+        minutes={"wm": 20},
+    )
+    other = dict(
+        row, seed=1, before=[1, 1, 0, 1], after=[1, 1, 0, 1], replay_share={"turn_on_led": 0.6},
+        trust={"play": [[1, 1], [2, 6]]}, minutes={"wm": 30},
+    )
     line = report.table([other, dict(row, seed=0)])[2]
     assert line == report.table([dict(row, seed=0), other])[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:3] == ["turn_on_led", "0, 1", "8"] and cells[3].startswith("50 % [") and cells[3].endswith("(25, 75)") and cells[4].endswith("(100, 75)") and cells[5].startswith("+38")
+    assert cells[:3] == ["turn_on_led", "0, 1", "8"]
+    assert cells[3].startswith("50 % [") and cells[3].endswith("(25, 75)")
+    assert cells[4].endswith("(100, 75)") and cells[5].startswith("+38")
     assert cells[7] == "0.70" and cells[8] == "4 of 6 in play; 2 of 14" and cells[11] == "25"
 
 
