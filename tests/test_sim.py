@@ -1,4 +1,5 @@
-"""The tabletop: predicates, determinism, restored states, the command's bound, lamps and the scripted expert."""
+"""The tabletop: predicates, determinism, restored states, the command's bound, lamps and the scripted
+expert."""
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import calvin_sim as cs                                                                    # noqa: E402
-from support import expert                                                                 # noqa: E402
+import calvin_sim as cs  # noqa: E402
+from support import expert  # noqa: E402
 
 STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
@@ -32,14 +33,19 @@ def start(task, seed=0):
 
 
 @pytest.mark.parametrize("task, before, after, solved", [
-    ("open_drawer", 0.01, 0.131, True), ("open_drawer", 0.01, 0.129, False), ("close_drawer", 0.20, 0.079, True),
-    ("close_drawer", 0.20, 0.081, False), ("move_slider_left", 0.0, 0.151, True), ("move_slider_left", 0.0, 0.149, False),
+    ("open_drawer", 0.01, 0.131, True), ("open_drawer", 0.01, 0.129, False),
+    ("close_drawer", 0.20, 0.079, True), ("close_drawer", 0.20, 0.081, False),
+    ("move_slider_left", 0.0, 0.151, True), ("move_slider_left", 0.0, 0.149, False),
     ("move_slider_right", 0.28, 0.129, True), ("move_slider_right", 0.28, 0.131, False),
-    ("turn_on_lightbulb", 0, 1, True), ("turn_on_lightbulb", 1, 1, False), ("turn_off_lightbulb", 1, 0, True),
-    ("turn_on_led", 0, 1, True), ("turn_off_led", 1, 0, True), ("turn_off_led", 0, 0, False)])
+    ("turn_on_lightbulb", 0, 1, True), ("turn_on_lightbulb", 1, 1, False),
+    ("turn_off_lightbulb", 1, 0, True), ("turn_on_led", 0, 1, True),
+    ("turn_off_led", 1, 0, True), ("turn_off_led", 0, 0, False),
+])
 def test_predicates(task, before, after, solved):
-    first, now = np.zeros((3, 24)), np.zeros((3, 24))
-    first[1, cs.TASKS[task].index], now[1, cs.TASKS[task].index] = before, after
+    first = np.zeros((3, 24))
+    now = np.zeros((3, 24))
+    first[1, cs.TASKS[task].index] = before
+    now[1, cs.TASKS[task].index] = after
     if before:
         first[[0, 2], cs.TASKS[task].index] = now[[0, 2], cs.TASKS[task].index] = before
     assert cs.success(task, first, now).tolist() == [False, solved, False]
@@ -50,7 +56,10 @@ def test_starts_are_consistent_and_not_yet_done():
         for seed in range(50):
             robot, scene = start(task.name, seed)
             limit = {0: 0.28, 1: 0.22, 4: 1, 5: 1}[task.index]
-            assert (limit - scene[task.index] > task.change) if task.change > 0 else scene[task.index] > -task.change
+            if task.change > 0:
+                assert limit - scene[task.index] > task.change
+            else:
+                assert scene[task.index] > -task.change
             assert (scene[cs.SWITCH] > cs.BULB_AT) == scene[cs.BULB] and scene[cs.BUTTON] == 0
             blocks = scene[6:].reshape(3, 6)[:, :2]
             assert min(np.linalg.norm(blocks[i] - blocks[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.09
@@ -59,9 +68,11 @@ def test_starts_are_consistent_and_not_yet_done():
 
 def test_same_seed_same_pixels_whatever_ran_before(camera_sim):
     def roll():
-        frames, rng = [camera_sim.reset(seed=3)], np.random.default_rng(0)
+        frames = [camera_sim.reset(seed=3)]
+        rng = np.random.default_rng(0)
         frames += [camera_sim.step(rng.uniform(-1, 1, 7)) for _ in range(15)]
         return frames
+
     first = roll()
     expert.demo_episode(camera_sim, "turn_on_led", 0)
     expert.play_episode(camera_sim, 1, 100)
@@ -75,7 +86,9 @@ def test_looking_or_not_changes_nothing_else(camera_sim):
         rng = np.random.default_rng(0)
         first = camera_sim.reset(seed=3)
         return [first] + [camera_sim.step(rng.uniform(-1, 1, 7), look=look) for look in looks]
-    always, times = roll([True] * 15), [t % 3 == 0 for t in range(15)]
+
+    always = roll([True] * 15)
+    times = [t % 3 == 0 for t in range(15)]
     for looks in (times, [False] * 15):
         for look, one, other in zip([True, *looks], roll(looks), always):
             assert set(one) == set(other) - ({"rgb_static", "rgb_gripper"} if not look else set())
@@ -83,7 +96,7 @@ def test_looking_or_not_changes_nothing_else(camera_sim):
 
 
 def test_drawing_twice_gives_the_same_pixels(camera_sim):
-    camera_sim.reset(seed=3)                             # the renderer keeps its normals from picture to picture
+    camera_sim.reset(seed=3)                          # the renderer keeps its normals from picture to picture
     for seed in range(8):
         camera_sim.step(np.random.default_rng(seed).uniform(-1, 1, 7))
         shots = [camera_sim._observe() for _ in range(2)]
@@ -92,15 +105,19 @@ def test_drawing_twice_gives_the_same_pixels(camera_sim):
 
 def test_a_pybullet_without_numpy_draws_the_same(monkeypatch):
     def pictures():
-        sim, rng = cs.Tabletop(), np.random.default_rng(0)
+        sim = cs.Tabletop()
+        rng = np.random.default_rng(0)
         frames = [sim.reset(seed=3)] + [sim.step(rng.uniform(-1, 1, 7)) for _ in range(10)]
         sim.close()
         return [frame[key] for frame in frames for key in ("rgb_static", "rgb_gripper")]
-    with_arrays, shoot = pictures(), cs.pb.getCameraImage
+
+    with_arrays = pictures()
+    shoot = cs.pb.getCameraImage
 
     def shoot_tuples(*args, **kwargs):                   # as pip builds it: flat tuples
         width, height, *arrays = shoot(*args, **kwargs)
         return width, height, *(tuple(np.ravel(array).tolist()) for array in arrays)
+
     monkeypatch.setattr(cs.pb, "getCameraImage", shoot_tuples)
     for one, other in zip(with_arrays, pictures()):
         assert other.dtype == np.uint8 and np.array_equal(one, other)
@@ -110,32 +127,41 @@ def test_a_pybullet_without_numpy_draws_the_same(monkeypatch):
 def test_importing_says_nothing(closed):
     """PyBullet's greeting on stderr is swallowed, and nothing else; a program may have no stderr at all."""
     code = "import support.calvin_real, os, sys; os.write(2, b'mine') if sys.stderr else None"
-    command, folder = f'"{sys.executable}" -c "{code}" {closed}', Path(cs.__file__).parent
+    command = f'"{sys.executable}" -c "{code}" {closed}'
+    folder = Path(cs.__file__).parent
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "" if closed else "mine")
 
 
 def test_episode_is_a_function_of_its_seed(sim):
-    (demo, solved), play = expert.demo_episode(sim, "open_drawer", 5), expert.play_episode(sim, 5, 150)
-    expert.play_episode(sim, 1_000_001, 150)                 # after this one, Bullet's leftovers used to show in a block of the next
+    demo, solved = expert.demo_episode(sim, "open_drawer", 5)
+    play = expert.play_episode(sim, 5, 150)
+    # after this one, Bullet's leftovers used to show in a block of the next
+    expert.play_episode(sim, 1_000_001, 150)
     touchy = expert.play_episode(sim, 1_000_716, 62)
     fresh = cs.Tabletop(render=False)
-    assert all(np.array_equal(touchy[key], value) for key, value in expert.play_episode(fresh, 1_000_716, 62).items())
-    assert all(np.array_equal(play[key], value) for key, value in expert.play_episode(fresh, 5, 150).items())
+    again = expert.play_episode(fresh, 1_000_716, 62)
+    assert all(np.array_equal(touchy[key], value) for key, value in again.items())
+    again = expert.play_episode(fresh, 5, 150)
+    assert all(np.array_equal(play[key], value) for key, value in again.items())
     again, _ = expert.demo_episode(fresh, "open_drawer", 5)
     assert solved and all(np.array_equal(demo[key], value) for key, value in again.items())
     fresh.close()
 
 
 def test_play_has_misses_of_every_size(sim, monkeypatch):
-    """About half of the attempts are displaced by 1 to 12 cm, mostly to where the handle should go, and the pace at the handle varies: what play has not shown, no dream knows."""
-    attempts, beyond = [], {task: [] for task in cs.TASKS}
+    """About half of the attempts are displaced by 1 to 12 cm, mostly to where the handle should go, and the
+    pace at the handle varies: what play has not shown, no dream knows."""
+    attempts = []
+    beyond = {task: [] for task in cs.TASKS}
+
     class Watched(expert.Expert):
         def __init__(self, task_name, rng, error, **kwargs):
             super().__init__(task_name, rng, error, **kwargs)
             attempts.append((np.linalg.norm(self.error), self.touch))
             if error:
                 beyond[task_name].append(self.error / error)
+
     monkeypatch.setattr(expert, "Expert", Watched)
     for seed in range(16):
         expert.play_episode(sim, seed, 250)
@@ -144,11 +170,16 @@ def test_play_has_misses_of_every_size(sim, monkeypatch):
     missed = size[size > 0]
     assert 0.01 <= missed.min() < 0.03 and 0.1 < missed.max() <= 0.12
     assert 0.4 <= touch.min() < 0.5 and 0.85 < touch.max() <= 0.95
-    way = {"open_drawer": (0, -1, 0), "close_drawer": (0, 1, 0), "move_slider_left": (-1, 0, 0), "move_slider_right": (1, 0, 0),
-           "turn_on_lightbulb": (0, 0, 1), "turn_off_lightbulb": (0, 0, -1)}
-    along = np.concatenate([np.array(beyond[task]) @ direction for task, direction in way.items() if beyond[task]])
+    way = {
+        "open_drawer": (0, -1, 0), "close_drawer": (0, 1, 0),
+        "move_slider_left": (-1, 0, 0), "move_slider_right": (1, 0, 0),
+        "turn_on_lightbulb": (0, 0, 1), "turn_off_lightbulb": (0, 0, -1),
+    }
+    pieces = [np.array(beyond[task]) @ direction for task, direction in way.items() if beyond[task]]
+    along = np.concatenate(pieces)
     assert len(along) > 20 and (along > 0).mean() > 0.7 and along.mean() > 0.3
-    assert abs(np.mean(beyond["turn_on_led"] + beyond["turn_off_led"], 0)).max() < 0.4      # nothing is beyond a button
+    # nothing is beyond a button
+    assert abs(np.mean(beyond["turn_on_led"] + beyond["turn_off_led"], 0)).max() < 0.4
 
 
 def test_recorded_state_is_restored(camera_sim):
@@ -187,7 +218,8 @@ def test_command_does_not_wind_up(sim):
 
 
 def test_advance_target_wraps_the_roll():
-    target, tcp = np.array([0, 0, 0, np.pi - 0.01, 0, 0]), np.array([0, 0, 0, -np.pi + 0.01, 0, 0])
+    target = np.array([0, 0, 0, np.pi - 0.01, 0, 0])
+    tcp = np.array([0, 0, 0, -np.pi + 0.01, 0, 0])
     moved = cs.advance_target(target[None], np.ones((1, 7)), tcp[None])[0]
     assert np.allclose(moved, tcp + [0.02, 0.02, 0.02, 0.03, 0.05, 0.05])
 
@@ -226,12 +258,14 @@ def test_lamps_are_visible(camera_sim):
         scene[cs.LED] = scene[cs.BULB] = lit
         scene[cs.SWITCH] = 0.08 * lit
         pictures.append(camera_sim.reset(robot, scene)["rgb_static"].astype(int))
-    assert (np.abs(pictures[1] - pictures[0])[:8].max(-1) > 60).sum() > 20 and np.array_equal(pictures[0], pictures[2])
+    assert (np.abs(pictures[1] - pictures[0])[:8].max(-1) > 60).sum() > 20
+    assert np.array_equal(pictures[0], pictures[2])
 
 
 @pytest.mark.parametrize("task", list(cs.TASKS))
 def test_expert_solves_and_stillness_does_not(sim, task):
-    episodes = [expert.demo_episode(sim, task, seed) for seed in range(6)]       # 95 of 100; 'calvin_sim.py check' counts
+    # 95 of 100; 'calvin_sim.py check' counts
+    episodes = [expert.demo_episode(sim, task, seed) for seed in range(6)]
     assert sum(solved for _, solved in episodes) >= 5
     assert all(np.abs(episode["rel_actions"]).max() <= 1 for episode, _ in episodes)
     scene = sim.reset(*start(task))["scene_obs"]
@@ -241,12 +275,15 @@ def test_expert_solves_and_stillness_does_not(sim, task):
 
 
 def test_a_task_may_ask_for_more_than_one_thing(monkeypatch):
-    """The LED is switched on while the drawer is open: not when it is shut, and the start already has it open."""
-    monkeypatch.setitem(cs.TASKS, "led_while_open", cs.Task("led_while_open", cs.LED, 0.5, "press", holds=(cs.DRAWER,), skill="turn_on_led"))
+    """The LED is switched on while the drawer is open: not when it is shut, and the start already has it
+    open."""
+    task = cs.Task("led_while_open", cs.LED, 0.5, "press", holds=(cs.DRAWER,), skill="turn_on_led")
+    monkeypatch.setitem(cs.TASKS, "led_while_open", task)
     for seed in range(20):
         robot, scene = cs.sample_start("led_while_open", np.random.default_rng(seed))
         assert scene[cs.DRAWER] >= 0.17 and scene[cs.LED] == 0 and cs.possible("led_while_open", scene)
-        lit, shut = scene.copy(), scene.copy()
+        lit = scene.copy()
+        shut = scene.copy()
         lit[cs.LED] = shut[cs.LED] = 1
         shut[cs.DRAWER] = 0.05
         assert cs.success("led_while_open", scene, lit) and not cs.success("led_while_open", scene, shut)
