@@ -1,6 +1,7 @@
 """The real simulator behind RealCalvin.  Most of it runs only where the environment says what to run it on:
 
-    CALVIN_ENV_ROOT   a clone of github.com/mees/calvin_env, with its packages installed (see support/calvin_real.py)
+    CALVIN_ENV_ROOT   a clone of github.com/mees/calvin_env, with its packages installed (see
+                      support/calvin_real.py)
     CALVIN_SAMPLE     a CALVIN split to import, predict and replay: frames, index and language annotations
 """
 import json
@@ -15,13 +16,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
-import calvin_sim as cs                                                                    # noqa: E402
-import data                                                                                # noqa: E402
-import fidelity                                                                            # noqa: E402
-from support import calvin_import, expert                                     # noqa: E402
-from support.calvin_real import RealCalvin                                                 # noqa: E402
+import calvin_sim as cs  # noqa: E402
+import data  # noqa: E402
+import fidelity  # noqa: E402
+from support import calvin_import, expert  # noqa: E402
+from support.calvin_real import RealCalvin  # noqa: E402
 
-CLONE, SAMPLE = os.environ.get("CALVIN_ENV_ROOT"), os.environ.get("CALVIN_SAMPLE")
+CLONE = os.environ.get("CALVIN_ENV_ROOT")
+SAMPLE = os.environ.get("CALVIN_SAMPLE")
 needs_clone = pytest.mark.skipif(not CLONE, reason="CALVIN_ENV_ROOT is not set")
 needs_sample = pytest.mark.skipif(not SAMPLE, reason="CALVIN_SAMPLE is not set")
 STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
@@ -29,7 +31,8 @@ STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
 @pytest.fixture(scope="module")
 def blind():
-    """One a process: the tests that need pictures open their own when this one is closed, at the end of the file."""
+    """One a process: the tests that need pictures open their own when this one is closed, at the end of the
+    file."""
     sim = RealCalvin(render=False, root=CLONE)
     yield sim
     sim.close()
@@ -39,32 +42,40 @@ def start(task="open_drawer", seed=0):
     return cs.sample_start(task, np.random.default_rng(seed))
 
 
-# --- without calvin_env ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# without calvin_env
 
 def test_a_missing_clone_is_one_sentence(tmp_path):
-    with pytest.raises(data.InputError, match="no clone of calvin_env .*git clone https://github.com/mees/calvin_env") as caught:
+    said = "no clone of calvin_env .*git clone https://github.com/mees/calvin_env"
+    with pytest.raises(data.InputError, match=said) as caught:
         RealCalvin(root=tmp_path)
     assert "\n" not in str(caught.value) and "--calvin-root" in str(caught.value)
 
 
 def test_a_missing_package_is_one_sentence_with_the_pip_line(tmp_path, monkeypatch):
-    for name in ("calvin_env/envs/play_table_env.py", "conf/config_data_collection.yaml", "data/calvin_table_D/x"):
+    files = "calvin_env/envs/play_table_env.py", "conf/config_data_collection.yaml", "data/calvin_table_D/x"
+    for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, "hydra", None)
-    path, before = list(sys.path), sys.modules.get("git")
+    path = list(sys.path)
+    before = sys.modules.get("git")
     with pytest.raises(data.InputError, match="hydra.*pip install hydra-core") as caught:
         RealCalvin(root=tmp_path)
     assert "\n" not in str(caught.value) and sys.path == path and sys.modules.get("git") is before
 
 
 def test_the_command_line_says_it_and_exits_with_2(tmp_path):
-    for command in (["calvin_sim.py", "check", "--sim", "calvin"], ["diwa.py", "--sim", "calvin", "--runs", str(tmp_path)]):
-        done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:], "--calvin-root", str(tmp_path)], capture_output=True, text=True)
+    check = ["calvin_sim.py", "check", "--sim", "calvin"]
+    train = ["diwa.py", "--sim", "calvin", "--runs", str(tmp_path)]
+    for program, *flags in (check, train):
+        command = [sys.executable, str(ROOT / program), *flags, "--calvin-root", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and "git clone" in done.stderr and "Traceback" not in done.stderr
 
 
-# --- the sample: bar 1 ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the sample: bar 1
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
@@ -87,16 +98,23 @@ def test_the_sample_imports_and_the_predicates_agree_with_its_labels(sample):
 @needs_sample
 @needs_clone
 def test_the_samples_actions_replayed_fulfil_its_labels(sample, blind):
-    """An annotation ends on the very step of success, and the arm lags its command by a few: it is given three more to arrive."""
+    """An annotation ends on the very step of success, and the arm lags its command by a few: it is given
+    three more to arrive."""
     for task, first, last in sample.segments:
-        scene, actions = blind.reset(sample["robot_obs"][first], sample["scene_obs"][first])["scene_obs"], sample["rel_actions"][first:last]
+        scene = blind.reset(sample["robot_obs"][first], sample["scene_obs"][first])["scene_obs"]
+        actions = sample["rel_actions"][first:last]
         arrive = np.repeat(actions[-1:] * STILL, 3, 0)
-        done = [t + 1 for t, action in enumerate([*actions, *arrive]) if cs.success(task, scene, blind.step(action)["scene_obs"])]
+        done = []
+        for t, action in enumerate([*actions, *arrive]):
+            now = blind.step(action)["scene_obs"]
+            if cs.success(task, scene, now):
+                done.append(t + 1)
         print(f"{task:20s} {len(actions):3d} actions: fulfilled after {done[0] if done else 'NEVER'}")
         assert done
 
 
-# --- the adapter ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# the adapter
 
 @needs_clone
 def test_reset_restores_a_recorded_state(blind):
@@ -104,11 +122,14 @@ def test_reset_restores_a_recorded_state(blind):
     assert solved
     for t in (0, 20, len(episode["rel_actions"]) - 1):
         obs = blind.reset(episode["robot_obs"][t], episode["scene_obs"][t])
-        assert np.allclose(obs["robot_obs"][7:], episode["robot_obs"][t][7:], atol=1e-4), "joints and the last gripper command"
-        assert np.allclose(obs["robot_obs"][:7], episode["robot_obs"][t][:7], atol=3e-3), "a moving tcp is recorded 1/240 s late"
+        robot = obs["robot_obs"]
+        recorded = episode["robot_obs"][t]
+        assert np.allclose(robot[7:], recorded[7:], atol=1e-4), "joints and the last gripper command"
+        assert np.allclose(robot[:7], recorded[:7], atol=3e-3), "a moving tcp is recorded 1/240 s late"
         assert np.allclose(obs["scene_obs"][:6], episode["scene_obs"][t][:6], atol=1e-3)
         blocks = np.abs(obs["scene_obs"][6:] - episode["scene_obs"][t][6:]).reshape(3, 6)
-        assert blocks[:, :3].max() < 2e-3 and blocks[:, 3:].max() < 0.05, "its reset runs one physics step, in which blocks tilt a little"
+        assert blocks[:, :3].max() < 2e-3 and blocks[:, 3:].max() < 0.05, (
+            "its reset runs one physics step, in which blocks tilt a little")
 
 
 @needs_clone
@@ -138,7 +159,9 @@ def test_any_gripper_number_and_a_list_will_do(blind):
 
 
 @needs_clone
-@pytest.mark.parametrize("switch, bulb, button, led", [(0.08, 0, 0, 0), (0.0, 1, 0, 0), (0, 0, 0.018, 0), (0, 0, 0.018, 1), (0.08, 0.9, 0, 0.2)])
+@pytest.mark.parametrize("switch, bulb, button, led", [
+    (0.08, 0, 0, 0), (0.0, 1, 0, 0), (0, 0, 0.018, 0), (0, 0, 0.018, 1), (0.08, 0.9, 0, 0.2),
+])
 def test_an_inconsistent_start_is_no_success(blind, switch, bulb, button, led):
     robot, scene = start()
     scene[[cs.SWITCH, cs.BULB, cs.BUTTON, cs.LED]] = switch, bulb, button, led
@@ -196,12 +219,14 @@ def test_not_looking_changes_no_state():
 
 def look_or_not():
     """The same actions, looking at each picture, at every third, at (almost) none, and without cameras."""
+
     def roll(sim, stride):
         rng = np.random.default_rng(0)
         story = [sim.reset(*start("turn_on_led", 1))]
         for t in range(40):
             story.append(sim.step(rng.uniform(-1, 1, 7), look=t % stride == 0))
         return story
+
     sim = RealCalvin(root=CLONE)
     always, *others = [roll(sim, stride) for stride in (1, 3, 1000)]
     sim.close()
@@ -259,8 +284,10 @@ def test_pictures_without_git_gym_or_cv2_and_closing_twice(tmp_path):
     """In a process of its own, on a copy without a .git folder."""
     for name in ("calvin_env", "conf", "data"):
         (tmp_path / name).symlink_to(Path(CLONE).absolute() / name)
-    done = subprocess.run([sys.executable, "-c", ALONE, str(ROOT), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", ALONE, str(ROOT), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["rgb_static", "rgb_gripper"], "and nothing else is printed"
-    assert all(float(line.split()[1]) < 60 for line in done.stdout.splitlines()), "both simulators look at the same scene"
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [words[0] for words in lines] == ["rgb_static", "rgb_gripper"], "and nothing else is printed"
+    assert all(float(words[1]) < 60 for words in lines), "both simulators look at the same scene"
     assert "Exception ignored" not in done.stderr
