@@ -1,4 +1,5 @@
-"""The program as a user meets it: one end-to-end run, skipping, resuming after kill -9, errors with exit code 2, and no simulator offline."""
+"""The program as a user meets it: one end-to-end run, skipping, resuming after kill -9, errors with exit code
+2, and no simulator offline."""
 import dataclasses
 import json
 import os
@@ -18,12 +19,15 @@ import diwa
 from support import evaluate, report, runs
 
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
-SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2"]   # where only the plumbing is tested
+# where only the plumbing is tested
+SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2"]
 
 
 def shell(*flags, timeout=240, prelude=""):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diwa; from support import runs; {prelude}; sys.exit(diwa.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *flags] if prelude else [sys.executable, str(ROOT / "diwa.py"), *flags]
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diwa; from support import runs; "
+            f"{prelude}; sys.exit(diwa.main(sys.argv[1:]))")
+    program = ["-c", code] if prelude else [str(ROOT / "diwa.py")]
+    command = [sys.executable, *program, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
@@ -54,9 +58,12 @@ def test_everything_is_there(done):
     """What the README promises to find afterwards."""
     names = {p.name for p in (done / "smoke").iterdir()}
     task = "close_drawer"
-    assert {"config.json", "log.csv", "report.md", f"curves_{task}.png", f"dream_{task}.gif", f"rollout_before_{task}.gif", f"rollout_after_{task}.gif"} <= names
+    pictures = {f"curves_{task}.png", f"dream_{task}.gif", f"rollout_before_{task}.gif",
+                f"rollout_after_{task}.gif"}
+    assert {"config.json", "log.csv", "report.md", *pictures} <= names
     config = json.loads((done / "smoke" / "config.json").read_text())
-    assert {"torch", "renderer", "commit", "device"} <= set(config["versions"]) and config["settings"]["seed"] == 0
+    assert {"torch", "renderer", "commit", "device"} <= set(config["versions"])
+    assert config["settings"]["seed"] == 0
     text = (done / "smoke" / "report.md").read_text()
     for part in ("behaviour cloning", "difference, paired", "Replay share", "precision", "the papers' row"):
         assert part in text
@@ -71,31 +78,44 @@ def test_second_run_skips_everything(done, capsys):
 
 
 def test_run_remembers_its_settings(done):
-    """Without --preset the run's own config.json counts, so a later command does not silently change the settings."""
-    assert diwa.main(["--run", "smoke", "--runs", str(done), "--device", "cpu", "--task", "close_drawer", "--stage", "report"]) == 0
+    """Without --preset the run's own config.json counts, so a later command does not silently change the
+    settings."""
+    flags = ["--run", "smoke", "--runs", str(done), "--device", "cpu", "--task", "close_drawer"]
+    assert diwa.main([*flags, "--stage", "report"]) == 0
 
 
 def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
-    """--reward_labels predicate: every pair is labelled by the task's rule, and play's moments are compared with other windows' starts, too."""
-    folder, pairs, loss, views = copy_run(done, tmp_path, "reward_*"), [], diwa.classifier_loss, diwa.WorldModel.watch_and_dream
+    """--reward_labels predicate: every pair is labelled by the task's rule, and play's moments are compared
+    with other windows' starts, too."""
+    folder = copy_run(done, tmp_path, "reward_*")
+    pairs = []
+    loss = diwa.classifier_loss
+    views = diwa.WorldModel.watch_and_dream
     scenes = [runs.Dataset(folder / "smoke" / name)["scene_obs"] for name in ("demos_close_drawer", "play")]
-    def numbered(wm, recording, *args):                     # features that say which frame of which recording they are
+
+    def numbered(wm, recording, *args):            # features that say which frame of which recording they are
         seen, dreamed, frames = views(wm, recording, *args)
-        number = torch.from_numpy(frames + 1_000_000 * (len(recording.scene) == len(scenes[1])))[..., None].float()
+        of_play = len(recording.scene) == len(scenes[1])
+        number = torch.from_numpy(frames + 1_000_000 * of_play)[..., None].float()
         return number.expand_as(seen), number.expand_as(dreamed), frames
+
     def watched(model, first, feature, label, weight, cfg):
         pairs.extend(zip(first[:, 0].long().tolist(), feature[:, 0].long().tolist(), label.tolist()))
         return loss(model, first, feature, label, weight, cfg)
+
     monkeypatch.setattr(diwa.WorldModel, "watch_and_dream", numbered)
     monkeypatch.setattr(diwa, "classifier_loss", watched)
     assert fast(folder, "--stage", "reward", "--reward_updates", "9", "--reward_labels", "predicate") == 0
     apart = []
     for first, frame, label in pairs:
         assert first // 1_000_000 == frame // 1_000_000
-        scene, a, b = scenes[first // 1_000_000], first % 1_000_000, frame % 1_000_000
+        scene = scenes[first // 1_000_000]
+        a = first % 1_000_000
+        b = frame % 1_000_000
         assert bool(calvin_sim.success("close_drawer", scene[a], scene[b])) == bool(label)
         apart.append((first >= 1_000_000) and not 0 <= b - a < 73)
-    assert 0 < sum(label for _, _, label in pairs) < len(pairs) and sum(apart) > 0.5 * sum(f >= 1_000_000 for f, _, _ in pairs)
+    assert 0 < sum(label for _, _, label in pairs) < len(pairs)
+    assert sum(apart) > 0.5 * sum(f >= 1_000_000 for f, _, _ in pairs)
 
 
 def test_changed_setting_is_named(done, capsys):
@@ -111,6 +131,7 @@ def test_offline_stages_step_no_simulator(done, tmp_path, monkeypatch):
 
     def forbidden(*a, **k):
         raise AssertionError("an offline stage built a simulator")
+
     monkeypatch.setattr(calvin_sim, "Tabletop", forbidden)
     for module in (runs, evaluate):
         monkeypatch.setattr(module, "in_processes", forbidden)
@@ -124,8 +145,9 @@ def test_killed_run_ends_as_if_nothing_had_happened(done, tmp_path, stage):
     """kill -9 in the middle, the same command again: bit-identical weights."""
     name = "wm.pt" if stage == "wm" else "finetune_close_drawer.pt"
     folder = copy_run(done, tmp_path, name)
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diwa; from support import runs; runs.SAVE_EVERY = 0; sys.exit(diwa.main(sys.argv[1:]))",
-               *TINY, "--runs", str(folder), "--stage", stage]
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diwa; from support import runs; "
+            "runs.SAVE_EVERY = 0; sys.exit(diwa.main(sys.argv[1:]))")
+    command = [sys.executable, "-c", code, *TINY, "--runs", str(folder), "--stage", stage]
     partial = folder / "smoke" / name.replace(".pt", ".partial.pt")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not partial.exists() and process.poll() is None:
@@ -133,10 +155,12 @@ def test_killed_run_ends_as_if_nothing_had_happened(done, tmp_path, stage):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert partial.exists() and not (folder / "smoke" / name).exists(), "killed in the middle"
-    command[2] = command[2].replace("sys.exit", "diwa.LinearCodec.fit = None; sys.exit")   # components fitted anew may have other signs: it must keep those it has
+    # components fitted anew may have other signs: it must keep those it has
+    command[2] = command[2].replace("sys.exit", "diwa.LinearCodec.fit = None; sys.exit")
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "resumes at" in again.stdout
-    a, b = (torch.load(f / "smoke" / name, weights_only=True)["model" if stage == "wm" else "actor"] for f in (done, folder))
+    key = "model" if stage == "wm" else "actor"
+    a, b = (torch.load(f / "smoke" / name, weights_only=True)[key] for f in (done, folder))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not partial.exists()
 
@@ -144,7 +168,8 @@ def test_killed_run_ends_as_if_nothing_had_happened(done, tmp_path, stage):
 def test_killed_recording_resumes(tmp_path):
     """Episodes that were recorded before the kill are kept, and the dataset is the same."""
     flags = [*TINY, "--stage", "demos", "--demo_count", "6", "--runs"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "diwa.py"), *flags, str(tmp_path / "a")], stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(ROOT / "diwa.py"), *flags, str(tmp_path / "a")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     parts = tmp_path / "a" / "smoke" / "demos_close_drawer.parts"
     while (not parts.exists() or len(list(parts.glob("[!.]*.npz"))) < 2) and process.poll() is None:
         time.sleep(0.02)
@@ -155,7 +180,8 @@ def test_killed_recording_resumes(tmp_path):
     for name in ("a", "b"):
         assert shell(*flags, str(tmp_path / name)).returncode == 0
     a, b = (runs.Dataset(tmp_path / n / "smoke" / "demos_close_drawer") for n in ("a", "b"))
-    assert all((a[k] == b[k]).all() for k in ("rgb_static", "rgb_gripper", "robot_obs", "scene_obs", "rel_actions"))
+    keys = "rgb_static", "rgb_gripper", "robot_obs", "scene_obs", "rel_actions"
+    assert all((a[k] == b[k]).all() for k in keys)
 
 
 def test_nan_names_stage_step_and_term(done, tmp_path, capsys):
@@ -179,9 +205,11 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     import pickle
     folder = copy_run(done, tmp_path)
     witness = tmp_path / "ran"
+
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {witness}",)
+
     (folder / "smoke" / "wm.pt").write_bytes(pickle.dumps(Evil()))
     assert fast(folder, "--stage", "bc", "--bc_updates", "7") == 2
     assert not witness.exists()
@@ -201,14 +229,16 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
 def test_bad_input_is_one_sentence(done, capsys, flags, words):
     assert diwa.main([*TINY, "--runs", str(done), *flags]) == 2
     message = capsys.readouterr().err
-    assert all(w in message for w in words) and "Traceback" not in message and len(message.strip().splitlines()) == 1
+    assert all(w in message for w in words) and "Traceback" not in message
+    assert len(message.strip().splitlines()) == 1
 
 
 def test_interrupt_keeps_the_work(done, tmp_path):
     """Ctrl-C: a sentence and exit code 130."""
     folder = copy_run(done, tmp_path, "wm.pt")
-    process = subprocess.Popen([sys.executable, str(ROOT / "diwa.py"), *TINY, "--runs", str(folder), "--stage", "wm", "--wm_updates", "100000"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "diwa.py"), *TINY, "--runs", str(folder)]
+    command += ["--stage", "wm", "--wm_updates", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "100,000" in line:
             break
@@ -229,11 +259,13 @@ def test_all_tasks_share_play_and_world_model(done, tmp_path, monkeypatch, capsy
         row = json.loads((done / "smoke" / "result_close_drawer.json").read_text())
         (tmp_path / "smoke").mkdir(exist_ok=True)
         (tmp_path / "smoke" / f"result_{cfg.task}.json").write_text(json.dumps(dict(row, task=cfg.task)))
+
     monkeypatch.setattr(runs, "run_stage", stage)
     monkeypatch.setitem(diwa.STAGE_WORK, "report", written)
     assert diwa.main([*TINY, "--runs", str(tmp_path), "--task", "all"]) == 0
     assert asked == [(task, name) for task in diwa.TASKS for name in runs.STAGES]
-    assert [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:-1] == list(report.PAPER)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table][2:-1] == list(report.PAPER)
 
 
 def test_help_lists_every_setting(capsys):
@@ -257,15 +289,16 @@ def test_online_rival_runs(done):
     env.age[:] = env.horizon - 1
     following, reward, terminated, truncated, final = env.step(actor.sample_chain(feature)[:, -1])
     assert following.shape == final.shape == feature.shape and reward.shape == (2,)
-    assert (terminated | truncated).all() and not torch.equal(following, final), "a finished episode restarts; its last feature is still there"
+    assert (terminated | truncated).all()
+    assert not torch.equal(following, final), "a finished episode restarts; its last feature is still there"
     assert np.all(env.age == 0)
 
 
 def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path):
     """finetune(SimEnv): its steps are counted, resumed, and named by report and row; a dream's are none."""
     folder = copy_run(done, tmp_path, "finetune_*", "eval_*", "result_*")
-    flags = ["--ft_chunks", "2", "--ft_iterations", "2"]
-    cfg = runs.check_config(runs.parse([*TINY, *flags, "--runs", str(folder)], diwa.Config, diwa.PRESETS, "", ""))
+    flags = [*TINY, "--ft_chunks", "2", "--ft_iterations", "2", "--runs", str(folder)]
+    cfg = runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
     agent = diwa.load_agent(cfg, "bc")
     env = evaluate.SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
     env.load_state_dict(dict(simulator_steps=1000))         # as if it had been killed after 1,000
@@ -273,9 +306,10 @@ def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path):
     for sim in env.sims:
         sim.close()
     steps = env.simulator_steps
-    assert 1000 + 2 * 2 * 2 < steps <= 1000 + 2 * 2 * 2 * 4, "iterations x chunks x arms x steps, but for early ends"
-    assert diwa.main([*TINY, *flags, "--runs", str(folder), "--stage", "eval"]) == 0
-    assert diwa.main([*TINY, *flags, "--runs", str(folder), "--stage", "report"]) == 0
+    assert 1000 + 2 * 2 * 2 < steps <= 1000 + 2 * 2 * 2 * 4, ("iterations x chunks x arms x steps, but for "
+                                                              "early ends")
+    assert diwa.main([*flags, "--stage", "eval"]) == 0
+    assert diwa.main([*flags, "--stage", "report"]) == 0
     text = (folder / "smoke" / "report.md").read_text()
     assert f"fine-tuned in the simulator, {steps:,} steps" in text and "No simulator step" not in text
     row = json.loads((folder / "smoke" / "result_close_drawer.json").read_text())
@@ -330,22 +364,36 @@ def test_the_tuned_policy_is_the_last_snapshot(done):
 
 def test_evaluation_does_not_depend_on_the_number_of_processes(monkeypatch):
     """A group shares its noise: whoever runs it, the groups are the same."""
-    monkeypatch.setattr(evaluate, "in_processes", lambda cfg, function, jobs, name: ([dict(seed=seed, policy=job["policy"], mates=group) for group in job["groups"] for seed in group] for job in jobs))
-    results = [evaluate.evaluate(diwa.Config(workers=n), diwa.load_agent, ["bc", "tuned"], range(7000, 7042)) for n in (1, 2, 3, 9)]
+    def here(cfg, function, jobs, name):
+        for job in jobs:
+            policy = job["policy"]
+            yield [dict(seed=seed, policy=policy, mates=group) for group in job["groups"] for seed in group]
+
+    monkeypatch.setattr(evaluate, "in_processes", here)
+    seeds = range(7000, 7042)
+    results = [evaluate.evaluate(diwa.Config(workers=n), diwa.load_agent, ["bc", "tuned"], seeds)
+               for n in (1, 2, 3, 9)]
     assert all(r == results[0] for r in results)
-    assert [episode["seed"] for episode in results[0]["tuned"]] == list(range(7000, 7042)) and {e["policy"] for e in results[0]["bc"]} == {"bc"}
+    assert [episode["seed"] for episode in results[0]["tuned"]] == list(seeds)
+    assert {e["policy"] for e in results[0]["bc"]} == {"bc"}
 
 
 @pytest.fixture(scope="session")
 def recording(done, tmp_path_factory):
-    """What a user with a recording of their own has: play in a few long episodes, some spans of which carry a task's name."""
+    """What a user with a recording of their own has: play in a few long episodes, some spans of which carry
+    a task's name."""
     import numpy as np
     from data import Dataset, pack, save_part
     folder = tmp_path_factory.mktemp("data")
-    play, demos = Dataset(done / "smoke" / "play"), Dataset(done / "smoke" / "demos_close_drawer")
-    parts, spans = [folder / f"{i}.npz" for i in range(4)], []
+    play = Dataset(done / "smoke" / "play")
+    demos = Dataset(done / "smoke" / "demos_close_drawer")
+    parts = [folder / f"{i}.npz" for i in range(4)]
+    spans = []
     for i, part in enumerate(parts):
-        frames = {key: np.concatenate([play[key][500 * i:500 * i + 500], *(demos[key][a:b + 1] for _, a, b in demos.segments[i::4])]) for key in runs.FIELDS}
+        frames = {}
+        for key in runs.FIELDS:
+            shown = [demos[key][a:b + 1] for _, a, b in demos.segments[i::4]]
+            frames[key] = np.concatenate([play[key][500 * i:500 * i + 500], *shown])
         save_part(part, frames)
         spans.append(("close_drawer", 500, 500 + demos.segments[i][2] - demos.segments[i][1]))
     pack(parts, folder / "packed", dict(source="a robot", renderer="a camera"), spans)
@@ -353,19 +401,28 @@ def recording(done, tmp_path_factory):
 
 
 def test_a_recording_alone_is_enough(recording, tmp_path, capsys):
-    """--sim none: every stage but the simulator's, ending in dream success; and then, on the same results, an evaluation in a simulator."""
+    """--sim none: every stage but the simulator's, ending in dream success; and then, on the same results, an
+    evaluation in a simulator."""
     flags = [*TINY, *SHORT, "--runs", str(tmp_path), "--data", str(recording), "--eval_episodes", "4"]
     assert diwa.main([*flags, "--stage", "all", "--sim", "none"]) == 0
     folder = tmp_path / "smoke"
-    text, evaluation = (folder / "report.md").read_text(), json.loads((folder / "eval_close_drawer.json").read_text())
-    assert "dream (no simulator was given)" in text and "precision" not in text and "rollout" not in text and "nan" not in text.split("## The world model")[0]
+    text = (folder / "report.md").read_text()
+    evaluation = json.loads((folder / "eval_close_drawer.json").read_text())
+    assert "dream (no simulator was given)" in text and "precision" not in text and "rollout" not in text
+    assert "nan" not in text.split("## The world model")[0]
     judges = [s for s in runs.Dataset(folder / "replay").segments if s[0] == "close_drawer"]
-    assert [len(evaluation["results"][policy]) for policy in ("bc", "tuned")] == [len(judges)] * 2 == [2, 2], "one dream from each recorded first frame, though four were asked for"
-    assert "2 recorded first frames, of demonstrations that the policy was cloned from" in text and "which nobody has checked" in text and "some of which were trained on" in text
+    dreams = [len(evaluation["results"][policy]) for policy in ("bc", "tuned")]
+    assert dreams == [len(judges)] * 2 == [2, 2], ("one dream from each recorded first frame, though four "
+                                                   "were asked for")
+    assert "2 recorded first frames, of demonstrations that the policy was cloned from" in text
+    assert "which nobody has checked" in text and "some of which were trained on" in text
     assert 0 <= evaluation["dream_success"] <= 1
-    play, demos = runs.Dataset(folder / "play"), runs.Dataset(folder / "demos_close_drawer")
-    assert not list((folder / "play").glob("rgb_*")) and len(play) == len(runs.Dataset(recording)), "the frames are not copied"
-    assert (play.episodes[:, 1] - play.episodes[:, 0]).max() < 200 and play.episodes[:, 0][1:].tolist() == (play.episodes[:-1, 1] + 1).tolist()
+    play = runs.Dataset(folder / "play")
+    demos = runs.Dataset(folder / "demos_close_drawer")
+    pictures = list((folder / "play").glob("rgb_*"))
+    assert not pictures and len(play) == len(runs.Dataset(recording)), "the frames are not copied"
+    first, last = play.episodes.T
+    assert (last - first).max() < 200 and first[1:].tolist() == (last[:-1] + 1).tolist()
     assert len(demos.segments) == 4 and demos.meta["renderer"] == "a camera"
     capsys.readouterr()
     assert diwa.main([*flags, "--stage", "all", "--sim", "tabletop", "--eval_curve", "2"]) == 0
@@ -374,9 +431,14 @@ def test_a_recording_alone_is_enough(recording, tmp_path, capsys):
     assert "warning" in out and "a camera" in out, "other pictures than those it was trained on"
 
 
-@pytest.mark.parametrize("flags, words", [(["--sim", "none"], "--data"), (["--sim", "none", "--data", "/nowhere"], "meta.json"), (["--sim", "calvn"], "calvin"),
-                                          (["--sim", "none", "--data", "RECORDING", "--image-size", "32"], "--image_size 64"),
-                                          (["--sim", "none", "--data", "RECORDING", "--task", "open_drawer", "--stage", "demos"], "no segments of open_drawer")])
+@pytest.mark.parametrize("flags, words", [
+    (["--sim", "none"], "--data"),
+    (["--sim", "none", "--data", "/nowhere"], "meta.json"),
+    (["--sim", "calvn"], "calvin"),
+    (["--sim", "none", "--data", "RECORDING", "--image-size", "32"], "--image_size 64"),
+    (["--sim", "none", "--data", "RECORDING", "--task", "open_drawer", "--stage", "demos"],
+     "no segments of open_drawer"),
+])
 def test_wrong_data_is_one_sentence(recording, tmp_path, capsys, flags, words):
     flags = [str(recording) if flag == "RECORDING" else flag for flag in flags]
     assert diwa.main([*TINY, "--runs", str(tmp_path), *flags]) == 2
@@ -388,15 +450,19 @@ def test_dreams_start_in_no_held_out_frame(done, monkeypatch):
     """The trust table calls held-out play unseen: fine-tuning may not begin its dreams there."""
     import numpy as np
     cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
-    used, batch = [], diwa.Recording.batch
+    used = []
+    batch = diwa.Recording.batch
+
     def watched(recording, frames):
         used.append((recording.ds.path.name, np.asarray(frames).ravel()))
         return batch(recording, frames)
+
     monkeypatch.setattr(diwa.Recording, "batch", watched)
     embedding, _, _ = diwa.dream_starts(cfg, diwa.load_world_model(cfg))
     frames = np.concatenate([f for name, f in used if name == "play"])
     train, held_out = runs.load(cfg, "play").split()
-    assert all(any(a <= f <= b for a, b in train) for f in frames) and not any(a <= f <= b for f in frames for a, b in held_out)
+    assert all(any(a <= f <= b for a, b in train) for f in frames)
+    assert not any(a <= f <= b for f in frames for a, b in held_out)
     assert len(embedding) > 100 and len(frames) > 500
 
 
@@ -407,13 +473,20 @@ def test_one_policy_alone(done, tmp_path, capsys):
     config = json.loads((folder / "smoke" / "config.json").read_text())["settings"]
     for policy in ("bc", "3"):
         assert fast(folder, "--stage", "eval", "--policy", policy) == 0
-        rows = json.loads((folder / "smoke" / f"eval_close_drawer_{policy}.json").read_text())["results"][policy]
+        result = folder / "smoke" / f"eval_close_drawer_{policy}.json"
+        rows = json.loads(result.read_text())["results"][policy]
         reported = json.loads(before)["results"]["bc" if policy == "bc" else "tuned"]
         assert [r["success"] for r in rows] == [r["success"] for r in reported] and len(rows) == 8
-    assert (folder / "smoke" / "eval_close_drawer.json").read_bytes() == before and "in the dream" in capsys.readouterr().out
-    assert json.loads((folder / "smoke" / "config.json").read_text())["settings"]["policy"] in ("", "3") and not config["policy"]
-    for flags, words in ((["--policy", "bc"], "--stage eval"), (["--stage", "eval", "--policy", "best"], "bc, tuned"),
-                         (["--stage", "eval", "--policy", "7"], "no snapshot 7")):
+    assert (folder / "smoke" / "eval_close_drawer.json").read_bytes() == before
+    assert "in the dream" in capsys.readouterr().out
+    settings = json.loads((folder / "smoke" / "config.json").read_text())["settings"]
+    assert settings["policy"] in ("", "3") and not config["policy"]
+    refused = [
+        (["--policy", "bc"], "--stage eval"),
+        (["--stage", "eval", "--policy", "best"], "bc, tuned"),
+        (["--stage", "eval", "--policy", "7"], "no snapshot 7"),
+    ]
+    for flags, words in refused:
         assert fast(folder, *flags) == 2
         error = capsys.readouterr().err
         assert words in error and len(error.strip().splitlines()) == 1
