@@ -1,4 +1,5 @@
-"""What goes wrong on the machines that people have: each kind of fault is answered by one sentence and exit code 2, or simply works."""
+"""What goes wrong on the machines that people have: each kind of fault is answered by one sentence and exit
+code 2, or simply works."""
 import errno
 import json
 import multiprocessing
@@ -22,7 +23,8 @@ import diwa
 from support import data_command, evaluate, report, runs
 
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
-SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2", "--eval_episodes", "4", "--eval_curve", "2"]
+SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2",
+         "--eval_episodes", "4", "--eval_curve", "2"]
 FEW = ["--play_frames", "2000", "--play_replay", "1", "--demo_count", "2"]
 
 
@@ -55,10 +57,12 @@ def main(folder, *flags):
 def start(*flags, code=None, **kwargs):
     """The program as a process of its own."""
     command = [sys.executable, str(ROOT / "diwa.py")] if code is None else [sys.executable, "-c", code]
-    return subprocess.Popen([*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    command += map(str, flags)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-# --- B: a worker that dies ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# B: a worker that dies
 
 def deadly(job):
     os.kill(os.getpid(), signal.SIGKILL) if job == 2 else time.sleep(0.05)
@@ -67,7 +71,8 @@ def deadly(job):
 
 def children(pid):
     """Processes below a process, the forkserver's too."""
-    rows = [line.split() for line in subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.splitlines()[1:]]
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    rows = [line.split() for line in listed.splitlines()[1:]]
     found = [pid]
     for _ in range(4):
         found += [int(p) for p, parent in rows if int(parent) in found and int(p) not in found]
@@ -83,15 +88,22 @@ def test_a_dead_worker_is_noticed():
     assert not [p for p in multiprocessing.active_children() if p.is_alive()], "the others have ended, too"
 
 
-@pytest.mark.parametrize("stage, flags", [("demos", ["--demo_count", "40"]), ("eval", ["--eval_episodes", "60"])])
+@pytest.mark.parametrize("stage, flags", [
+    ("demos", ["--demo_count", "40"]),
+    ("eval", ["--eval_episodes", "60"]),
+])
 def test_a_killed_worker_ends_it_and_the_same_command_goes_on(again, stage, flags):
     command = [*TINY, *SHORT, *FEW, "--runs", again, "--stage", stage, *flags]
-    for name in ("demos_close_drawer", "eval_close_drawer.json") if stage == "demos" else ("eval_close_drawer.json",):
+    names = ["eval_close_drawer.json"]
+    if stage == "demos":
+        names = ["demos_close_drawer", "eval_close_drawer.json"]
+    for name in names:
         path = again / "smoke" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     process = start(*command)
     workers = []
-    while len(workers) < 2 and process.poll() is None:      # the forkserver is a child, its workers are children of that
+    # the forkserver is a child, its workers are children of that
+    while len(workers) < 2 and process.poll() is None:
         time.sleep(0.05)
         first = children(process.pid)
         workers = [p for p in first if any(p in children(q) for q in first if q != p)]
@@ -106,12 +118,15 @@ def test_a_killed_worker_ends_it_and_the_same_command_goes_on(again, stage, flag
 
 def test_a_script_without_a_main_guard_ends(tmp_path):
     script = tmp_path / "mine.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport diwa\ndiwa.main({[*TINY, '--runs', str(tmp_path), '--stage', 'demos', '--demo_count', '4']!r})\n")
+    flags = [*TINY, "--runs", str(tmp_path), "--stage", "demos", "--demo_count", "4"]
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport diwa\ndiwa.main({flags!r})\n")
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
-    assert "__main__" in result.stderr and "worker process" in result.stderr and "Traceback" not in result.stderr
+    assert "__main__" in result.stderr and "worker process" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-# --- C, D: full disks and forbidden places ----------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# C, D: full disks and forbidden places
 
 def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -127,7 +142,11 @@ def test_a_recording_that_does_not_fit_is_refused_at_once(tmp_path, monkeypatch,
 def test_packing_writes_through_plain_files(tmp_path, monkeypatch):
     """A memory map on a full disk ends the process with a bus error; a plain file raises."""
     real = np.lib.format.open_memmap
-    monkeypatch.setattr(np.lib.format, "open_memmap", lambda path, mode, **more: real(path, mode, **more) if mode == "r" else pytest.fail("a map is written"))
+
+    def only_reading(path, mode, **more):
+        return real(path, mode, **more) if mode == "r" else pytest.fail("a map is written")
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", only_reading)
     frames = {key: np.zeros((3, *shape), dtype) for key, (shape, dtype) in data.sized_fields(8).items()}
     data.save_part(tmp_path / "0.npz", frames)
     data.pack([tmp_path / "0.npz"], tmp_path / "out", {})
@@ -138,7 +157,10 @@ def test_packing_writes_through_plain_files(tmp_path, monkeypatch):
     assert len(data.Dataset(tmp_path / "out")) == 3, "the old dataset is still there"
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0 or bool(os.system("unshare -m true 2>/dev/null")), reason="needs root and namespaces")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0 or bool(os.system("unshare -m true 2>/dev/null")),
+    reason="needs root and namespaces",
+)
 @pytest.mark.parametrize("mount, folder, words", [
     ("mount -t tmpfs -o size=12m none {}", "{}/r", ["GB are free"]),
     ("mount -t tmpfs -o size=4k none /dev/shm", "{}/r", ["/dev/shm", "--shm-size"]),
@@ -147,15 +169,23 @@ def test_packing_writes_through_plain_files(tmp_path, monkeypatch):
 def test_real_disks(tmp_path, mount, folder, words):
     place = tmp_path / "disk"
     place.mkdir()
-    command = f"{mount.format(place)} && {sys.executable} {ROOT / 'diwa.py'} {' '.join(TINY)} --runs {folder.format(place)} --stage demos"
-    result = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and all(word in result.stderr for word in words), result.stderr
+    script = (f"{mount.format(place)} && {sys.executable} {ROOT / 'diwa.py'} {' '.join(TINY)} "
+              f"--runs {folder.format(place)} --stage demos")
+    command = ["unshare", "-m", "sh", "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    error = result.stderr
+    assert result.returncode == 2 and len(error.strip().splitlines()) == 1, error
+    assert all(word in error for word in words), error
 
 
 def test_forbidden_places(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for flags, words in ((["--runs", tmp_path / "file"], ["file"]), (["--runs", tmp_path, "--run", "x" * 300], ["File name too long"]),
-                         (["--runs", "/proc/nowhere"], ["/proc/nowhere"])):
+    refused = [
+        (["--runs", tmp_path / "file"], ["file"]),
+        (["--runs", tmp_path, "--run", "x" * 300], ["File name too long"]),
+        (["--runs", "/proc/nowhere"], ["/proc/nowhere"]),
+    ]
+    for flags, words in refused:
         assert diwa.main([*TINY, "--stage", "demos", *map(str, flags)]) == 2
         sentence(capsys, *words)
 
@@ -178,18 +208,28 @@ def test_a_full_disk_at_the_pictures_keeps_the_evaluation(again, monkeypatch, ca
 
 
 def test_finished_groups_of_an_evaluation_are_kept(again, monkeypatch):
-    """A kill in the middle of an evaluation costs the episodes that were under way, not those that were done."""
+    """A kill in the middle of an evaluation costs the episodes that were under way, not those that were
+    done."""
     path = again / "smoke" / "eval_close_drawer.json"
     want = json.loads(path.read_text())
     path.unlink()
     real = evaluate.in_processes
+
+    def only_the_first(cfg, f, jobs, name):
+        return (result for result in list(real(cfg, f, jobs, name))[:1])
+
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "in_processes", lambda cfg, f, jobs, name: (result for result in list(real(cfg, f, jobs, name))[:1]))
+        patch.setattr(evaluate, "in_processes", only_the_first)
         with pytest.raises(KeyError):
             main(again, "--stage", "eval")
     assert not path.exists() and path.with_suffix(".partial.json").exists()
     asked = []
-    monkeypatch.setattr(evaluate, "in_processes", lambda cfg, f, jobs, name: asked.extend(jobs) or real(cfg, f, jobs, name))
+
+    def noted(cfg, f, jobs, name):
+        asked.extend(jobs)
+        return real(cfg, f, jobs, name)
+
+    monkeypatch.setattr(evaluate, "in_processes", noted)
     assert main(again, "--stage", "eval") == 0
     assert "bc" not in [job["policy"] for job in asked[:1]] and json.loads(path.read_text()) == want
     assert not path.with_suffix(".partial.json").exists()
@@ -197,26 +237,30 @@ def test_finished_groups_of_an_evaluation_are_kept(again, monkeypatch):
 
 def test_inspecting_a_dataset_that_cannot_be_written(done, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    assert data_command.main(["inspect", str(done / "smoke" / "play")]) == 2
+    play = str(done / "smoke" / "play")
+    assert data_command.main(["inspect", play]) == 2
     assert "--out sheet.png" in capsys.readouterr().err
     monkeypatch.undo()
-    assert data_command.main(["inspect", str(done / "smoke" / "play"), "--out", str(tmp_path / "sheet.png")]) == 0
+    assert data_command.main(["inspect", play, "--out", str(tmp_path / "sheet.png")]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 
-# --- E: what was refused leaves no trace --------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# E: what was refused leaves no trace
 
 def test_a_refused_command_changes_no_settings(again, capsys):
     config = again / "smoke" / "config.json"
     before = config.read_text()
-    assert diwa.main(["--run", "smoke", "--runs", str(again), "--task", "close_drawer", "--stage", "report", "--seed", "5"]) == 2
+    flags = ["--run", "smoke", "--runs", str(again), "--task", "close_drawer"]
+    assert diwa.main([*flags, "--stage", "report", "--seed", "5"]) == 2
     sentence(capsys, "seed=5")
     assert config.read_text() == before
-    assert diwa.main(["--run", "smoke", "--runs", str(again), "--task", "close_drawer"]) == 0
+    assert diwa.main(flags) == 0
     assert capsys.readouterr().out.count("skipped") == len(runs.STAGES)
 
 
-# --- F: nothing to judge with ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# F: nothing to judge with
 
 def test_no_demonstrations_that_judge(tmp_path):
     assert diwa.main([*TINY, *SHORT, "--runs", str(tmp_path), "--play_replay", "0", "--demo_count", "2"]) == 0
@@ -226,17 +270,21 @@ def test_no_demonstrations_that_judge(tmp_path):
 
 @pytest.fixture(scope="module")
 def recording(done, tmp_path_factory):
-    """Recorded play of one robot, with segments of close_drawer only, on which a task of another name is said to succeed at its end."""
+    """Recorded play of one robot, with segments of close_drawer only, on which a task of another name is said
+    to succeed at its end."""
     folder = tmp_path_factory.mktemp("robot")
-    play, demos = data.Dataset(done / "smoke" / "play"), data.Dataset(done / "smoke" / "demos_close_drawer")
+    play = data.Dataset(done / "smoke" / "play")
+    demos = data.Dataset(done / "smoke" / "demos_close_drawer")
     return pack_recording(folder, play, demos, data.FIELDS, ["close_drawer"])
 
 
 def pack_recording(folder, play, demos, fields, names):
-    parts, spans = [folder / f"{i}.npz" for i in range(8)], []
+    parts = [folder / f"{i}.npz" for i in range(8)]
+    spans = []
     for i, part in enumerate(parts):
         _, a, b = demos.segments[i % len(demos.segments)]
-        pieces = {key: np.concatenate([play[key][200 * i:200 * i + 200], demos[key][a:b + 1]]) for key in fields}
+        pieces = {key: np.concatenate([play[key][200 * i:200 * i + 200], demos[key][a:b + 1]])
+                  for key in fields}
         data.save_part(part, pieces)
         spans.append((names[i % len(names)], 200, 200 + b - a))
     data.pack(parts, folder / "packed", dict(source="a robot", renderer="a camera"), spans)
@@ -255,16 +303,21 @@ def test_a_recording_without_annotations(recording, tmp_path, capsys):
 
 def test_all_tasks_are_those_of_the_recording(recording, tmp_path, capsys):
     assert main(tmp_path, "--data", str(recording), "--sim", "none", "--task", "all") == 0
-    assert (tmp_path / "smoke" / "report_close_drawer.md").exists() and not list((tmp_path / "smoke").glob("*open_drawer*"))
+    folder = tmp_path / "smoke"
+    assert (folder / "report_close_drawer.md").exists() and not list(folder.glob("*open_drawer*"))
 
 
-# --- G: numbers out of range -------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# G: numbers out of range
 
 @pytest.mark.parametrize("flag, value", [
-    ("seed", -1), ("workers", 0), ("eval_steps", 3), ("bc_chunk", 80), ("eval_episodes", 0), ("wm_context", 0), ("ft_play", 6), ("ft_snapshot", 0),
-    ("ft_minibatches", 0), ("ft_minibatches", 10 ** 6), ("wm_codes", 4000), ("image_size", 0), ("image_size", -64), ("demo_count", 0), ("wm_lr", "nan"), ("wm_lr", 0),
-    ("wm_batch", 0), ("wm_length", 200), ("play_frames", 0), ("play_episode", 1), ("wm_stride", 0), ("ft_gamma", 1.5), ("bc_ema", -0.1), ("ft_std", 0), ("wm_decode", 0),
-    ("reward_tau", 0), ("wm_h", 0), ("ft_horizon", 0), ("eval_curve", -1), ("ft_bc", "inf"), ("wm_classes", 0)])
+    ("seed", -1), ("workers", 0), ("eval_steps", 3), ("bc_chunk", 80), ("eval_episodes", 0),
+    ("wm_context", 0), ("ft_play", 6), ("ft_snapshot", 0), ("ft_minibatches", 0), ("ft_minibatches", 10 ** 6),
+    ("wm_codes", 4000), ("image_size", 0), ("image_size", -64), ("demo_count", 0), ("wm_lr", "nan"),
+    ("wm_lr", 0), ("wm_batch", 0), ("wm_length", 200), ("play_frames", 0), ("play_episode", 1),
+    ("wm_stride", 0), ("ft_gamma", 1.5), ("bc_ema", -0.1), ("ft_std", 0), ("wm_decode", 0), ("reward_tau", 0),
+    ("wm_h", 0), ("ft_horizon", 0), ("eval_curve", -1), ("ft_bc", "inf"), ("wm_classes", 0),
+])
 def test_numbers_out_of_range_are_refused_before_any_work(flag, value, tmp_path, capsys):
     assert diwa.main([*TINY, *SHORT, "--runs", str(tmp_path), f"--{flag}", str(value)]) == 2
     assert flag in sentence(capsys)
@@ -281,25 +334,34 @@ def test_no_learning_curve(again):
     assert json.loads((again / "smoke" / "eval_close_drawer.json").read_text())["curve"] == {}
 
 
-# --- H, K: a report that claims only what is so --------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# H, K: a report that claims only what is so
 
 def test_a_robot_without_scene_state_gets_a_dreamed_policy(done, tmp_path):
-    """Nothing but frames, robot_obs and actions; a task of another name, in segments that end with success."""
-    play, demos = data.Dataset(done / "smoke" / "play"), data.Dataset(done / "smoke" / "demos_close_drawer")
+    """Nothing but frames, robot_obs and actions; a task of another name, in segments that end with
+    success."""
+    play = data.Dataset(done / "smoke" / "play")
+    demos = data.Dataset(done / "smoke" / "demos_close_drawer")
     fields = [key for key in data.FIELDS if key != "scene_obs"]
     robot = pack_recording(tmp_path, play, demos, fields, ["pour_tea", "close_lid"])
     assert not (robot / "scene_obs.npy").exists() and not data.Dataset(robot).has_scene
     assert main(tmp_path, "--data", str(robot), "--sim", "none", "--task", "pour_tea") == 0
     folder = tmp_path / "smoke"
-    text, row = (folder / "report.md").read_text(), json.loads((folder / "result_pour_tea.json").read_text())
-    assert "start states" not in text and "CALVIN's task rule" not in text and "nan" not in text.split("Open-loop")[0]
-    assert "recorded first frames" in text and "which nobody has checked" in text and "Replay share: not measured" in text
-    assert "| drawer |" not in text and "| tcp |" in text and row["replay_share"] == {} and sum(map(sum, row["trust"]["play"])) == 0
-    assert (folder / "dream_pour_tea.gif").exists() and report.main([str(folder / "result_pour_tea.json")]) == 0
+    text = (folder / "report.md").read_text()
+    row = json.loads((folder / "result_pour_tea.json").read_text())
+    assert "start states" not in text and "CALVIN's task rule" not in text
+    assert "nan" not in text.split("Open-loop")[0]
+    assert "recorded first frames" in text and "which nobody has checked" in text
+    assert "Replay share: not measured" in text
+    assert "| drawer |" not in text and "| tcp |" in text
+    assert row["replay_share"] == {} and sum(map(sum, row["trust"]["play"])) == 0
+    assert (folder / "dream_pour_tea.gif").exists()
+    assert report.main([str(folder / "result_pour_tea.json")]) == 0
 
 
 def test_zeros_are_no_scene_state(done, tmp_path):
-    play, demos = data.Dataset(done / "smoke" / "play"), data.Dataset(done / "smoke" / "demos_close_drawer")
+    play = data.Dataset(done / "smoke" / "play")
+    demos = data.Dataset(done / "smoke" / "demos_close_drawer")
     robot = pack_recording(tmp_path, play, demos, data.FIELDS, ["pour_tea"])
     array = np.load(robot / "scene_obs.npy")
     np.save(robot / "scene_obs.npy", 0 * array)
@@ -307,26 +369,37 @@ def test_zeros_are_no_scene_state(done, tmp_path):
 
 
 def test_labels_by_a_rule_need_scene_state(done, tmp_path, capsys):
-    play, demos = data.Dataset(done / "smoke" / "play"), data.Dataset(done / "smoke" / "demos_close_drawer")
-    robot = pack_recording(tmp_path, play, demos, [key for key in data.FIELDS if key != "scene_obs"], ["pour_tea"])
-    assert main(tmp_path, "--data", str(robot), "--sim", "none", "--task", "pour_tea", "--reward_labels", "predicate") == 2
+    play = data.Dataset(done / "smoke" / "play")
+    demos = data.Dataset(done / "smoke" / "demos_close_drawer")
+    fields = [key for key in data.FIELDS if key != "scene_obs"]
+    robot = pack_recording(tmp_path, play, demos, fields, ["pour_tea"])
+    flags = ["--data", str(robot), "--sim", "none", "--task", "pour_tea", "--reward_labels", "predicate"]
+    assert main(tmp_path, *flags) == 2
     sentence(capsys, "--reward_labels unlabelled", "scene")
 
 
 def test_success_without_a_rule_is_a_segments_end(done, tmp_path):
-    play, demos = data.Dataset(done / "smoke" / "play"), data.Dataset(done / "smoke" / "demos_close_drawer")
-    robot = data.Dataset(pack_recording(tmp_path, play, demos, [key for key in data.FIELDS if key != "scene_obs"], ["pour_tea"]))
+    play = data.Dataset(done / "smoke" / "play")
+    demos = data.Dataset(done / "smoke" / "demos_close_drawer")
+    fields = [key for key in data.FIELDS if key != "scene_obs"]
+    robot = data.Dataset(pack_recording(tmp_path, play, demos, fields, ["pour_tea"]))
     recording = diwa.Recording(diwa.Config(), robot)
     _, a, b = robot.segments[0]
-    assert recording.success("pour_tea", a, np.arange(a, b + 1)).tolist() == [False] * (b - a - 4) + [True] * 5
-    assert not recording.success("pour_tea", b - 2, np.arange(a, b + 1)).any(), "seen from success itself, nothing has happened"
-    assert not recording.success("wash_up", a, np.arange(a, b + 1)).any()
+    frames = np.arange(a, b + 1)
+    assert recording.success("pour_tea", a, frames).tolist() == [False] * (b - a - 4) + [True] * 5
+    late = recording.success("pour_tea", b - 2, frames)
+    assert not late.any(), "seen from success itself, nothing has happened"
+    assert not recording.success("wash_up", a, frames).any()
 
 
-# --- J, N: a dataset on a drive without links, or that moved ----------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# J, N: a dataset on a drive without links, or that moved
 
 def test_no_links_and_a_dataset_may_move(recording, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, "symlink", lambda *a: (_ for _ in ()).throw(OSError(errno.EPERM, "Operation not permitted")))
+    def refuse(*a):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
     shutil.copytree(recording, tmp_path / "here")
     assert main(tmp_path, "--data", str(tmp_path / "here"), "--sim", "none") == 0
     (tmp_path / "here").rename(tmp_path / "there")
@@ -341,20 +414,24 @@ def test_no_links_and_a_dataset_may_move(recording, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("skipped") == 0, "another recording is another run"
 
 
-# --- L: asserts are for tests --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# L: asserts are for tests
 
 def test_no_assert_does_work():
     """python -O leaves asserts out."""
     import ast
     for path in sorted(ROOT.rglob("*.py")):
         if "tests" not in path.parts and ".venv" not in path.parts and "runs" not in path.parts:
-            assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], path
+            nodes = ast.walk(ast.parse(path.read_text()))
+            assert not [node.lineno for node in nodes if isinstance(node, ast.Assert)], path
 
 
-# --- M: two runs in one folder ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# M: two runs in one folder
 
 def test_the_same_command_twice_at_once(tmp_path):
-    """While one program is at a stage, another that wants the same result is refused; afterwards it goes on."""
+    """While one program is at a stage, another that wants the same result is refused; afterwards it goes
+    on."""
     command = [*TINY, "--runs", tmp_path, "--stage", "demos", "--demo_count", "2"]
     with runs.alone(tmp_path / "smoke" / "demos_close_drawer", "demos"):
         second = start(*command)
@@ -382,32 +459,38 @@ def test_tasks_at_once_over_one_world_model(again):
 
 def test_many_may_write_the_log(tmp_path):
     """Tasks at work in one folder: a log that is begun anew by one loses no row of the others."""
+    tasks = "open_drawer", "close_drawer", "turn_on_led"
+
     def write(task):
         cfg = diwa.Config(runs=str(tmp_path), run="r", task=task)
         for i in range(20):
             log = runs.Log(cfg, "bc", i)
             log(i + 1, dict(loss=float(i)))
-    threads = [threading.Thread(target=write, args=(task,)) for task in ("open_drawer", "close_drawer", "turn_on_led")]
+
+    threads = [threading.Thread(target=write, args=(task,)) for task in tasks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for task in ("open_drawer", "close_drawer", "turn_on_led"):
+    for task in tasks:
         cfg = diwa.Config(runs=str(tmp_path), run="r", task=task)
         assert runs.read_log(cfg, "bc", "loss") == (list(range(1, 21)), [float(i) for i in range(20)])
 
 
-# --- N: advice that can be followed -----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# N: advice that can be followed
 
 def test_the_advice_for_a_small_recording_works(done, tmp_path, capsys):
     """392 frames in six episodes, as many as CALVIN's smallest samples have."""
     play = data.Dataset(done / "smoke" / "play")
-    parts, first = [], 0
+    parts = []
+    first = 0
     for i, length in enumerate((100, 46, 75, 50, 48, 73)):
         parts.append(tmp_path / f"{i}.npz")
         data.save_part(parts[-1], {key: play[key][first:first + length] for key in data.FIELDS})
         first += 200
-    data.pack(parts, tmp_path / "packed", dict(source="a robot", renderer="a camera"), [("close_drawer", 0, 40)] * 6)
+    meta = dict(source="a robot", renderer="a camera")
+    data.pack(parts, tmp_path / "packed", meta, [("close_drawer", 0, 40)] * 6)
     flags = ["--data", str(tmp_path / "packed"), "--sim", "none", "--wm_length", "20"]
     if main(tmp_path, *flags, "--stage", "play") == 2:
         advised = re.search(r"give --wm_length (\d+)", capsys.readouterr().err).group(1)
@@ -417,11 +500,16 @@ def test_the_advice_for_a_small_recording_works(done, tmp_path, capsys):
         assert main(tmp_path, *flags, "--stage", stage) == 0
 
 
-# --- N: small ones ------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# N: small ones
 
 @pytest.mark.parametrize("change, words", [
-    (lambda s: s.update(wm_lr="fast"), ["config.json", "wm_lr", "float"]), (lambda s: s.update(wm_updats=3), ["wm_updats", "did you mean wm_updates"]),
-    (lambda s: s.update(seed=1.5), ["seed", "int"]), (lambda s: s.update(preset="huge"), ["huge"]), (lambda s: s.clear(), None)])
+    (lambda s: s.update(wm_lr="fast"), ["config.json", "wm_lr", "float"]),
+    (lambda s: s.update(wm_updats=3), ["wm_updats", "did you mean wm_updates"]),
+    (lambda s: s.update(seed=1.5), ["seed", "int"]),
+    (lambda s: s.update(preset="huge"), ["huge"]),
+    (lambda s: s.clear(), None),
+])
 def test_config_json_edited_by_hand(again, capsys, change, words):
     path = again / "smoke" / "config.json"
     content = json.loads(path.read_text())
