@@ -132,8 +132,8 @@ def test_pack_and_dataset_round_trip(tmp_path):
 
 
 def test_segments_are_one_an_episode_or_none(tmp_path):
-    """An episode without a demonstration is None; a list of another length, or a segment that does not fit, is
-    refused before anything is written."""
+    """An episode without a demonstration is None; a list of another length, or a segment that does not fit,
+    is refused before anything is written."""
     path, _ = packed(tmp_path, segments=[None, ("b", 2, 8), None])
     assert data.Dataset(path).segments == [("b", 6, 12)]
     with pytest.raises(InputError, match="1 segments for 3 episodes"):

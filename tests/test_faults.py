@@ -1,5 +1,6 @@
 """What goes wrong on the machines that people have: each kind of fault is answered by one sentence and exit
 code 2, or simply works."""
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
 import diwa
-from support import data_command, evaluate, report, runs
+from support import data_command, evaluate, record, report, runs
 
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
 SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2",
@@ -133,10 +134,32 @@ def full(*args, **kwargs):
 
 
 def test_a_recording_that_does_not_fit_is_refused_at_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "free_space", lambda path: 30_000_000)
+    monkeypatch.setattr(record, "free_space", lambda path: 30_000_000)
     assert diwa.main([*TINY, "--runs", str(tmp_path), "--stage", "play"]) == 2
     sentence(capsys, "GB are free", "--runs", "--play_frames")
     assert not list(tmp_path.rglob("*.npz")), "nothing was recorded in vain"
+
+
+def test_parts_of_other_settings_are_not_taken_over(tmp_path, capsys):
+    """A recording that was cut off goes on with the same settings and begins anew with others: its parts are
+    known by name only."""
+    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(tmp_path)], diwa.Config, diwa.PRESETS, "", ""))
+    parts = tmp_path / "smoke" / "play.parts"
+    wanted = {"play": (1_000_000, 10, 200)}
+    record.drop_others(cfg, parts, wanted)
+    part = parts / "play_1000000.npz"
+    part.write_bytes(b"frames")
+    record.drop_others(cfg, parts, wanted)
+    assert part.exists() and "anew" not in capsys.readouterr().out
+    others = [
+        (dataclasses.replace(cfg, image_size=32), wanted),
+        (dataclasses.replace(cfg, sim="calvin"), wanted),
+        (cfg, {"play": (1_000_000, 10, 100)}),
+    ]
+    for other, lengths in others:
+        part.write_bytes(b"frames")
+        record.drop_others(other, parts, lengths)
+        assert not part.exists() and "begins anew" in capsys.readouterr().out
 
 
 def test_packing_writes_through_plain_files(tmp_path, monkeypatch):

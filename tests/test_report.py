@@ -170,3 +170,29 @@ def test_seeds_of_a_task_are_pooled():
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 180 and not [line for line in lines if len(line) > 120]
+
+
+def test_ranges_are_read_from_rows():
+    """Healthy ranges: the lowest and highest end of each term over the rows that know it."""
+    rows = [{"ends": {"bc.loss": 0.2, "wm.kl": 50.0}}, {"ends": {"bc.loss": 0.1}}, {}]
+    assert [line.split(" | ")[:3] for line in report.ranges(rows)[2:]] == [
+        ["| wm", "kl", "50 to 50"], ["| bc", "loss", "0.1 to 0.2"]]
+    assert report.end_of([9.0] * 18 + [1.0, 2.0]) == 1.5 and report.end_of([3.0]) == 3.0
+
+
+def test_a_term_outside_its_range_is_named():
+    low, high, _ = report.HEALTHY["bc", "loss"]
+    lines = report.health_lines({"bc.loss": high + 1})
+    assert "**outside**" in lines[-1] and lines[-1].startswith("| bc | loss |")
+    assert "**outside**" not in report.health_lines({"bc.loss": (low + high) / 2})[-1]
+
+
+def test_official_starts_are_a_column_where_rows_have_them():
+    row = json.loads(next((ROOT / "docs" / "results").glob("*.json")).read_text())
+    other = dict(row, official=[[0, 1, 0, 0], [1, 1, 1, 0]], seed=row["seed"] + 1)
+    assert report.OFFICIAL not in report.table([row])[0]
+    lines = report.table([row, other])
+    assert report.OFFICIAL in lines[0] and len({line.count("|") for line in lines[:4]}) == 1
+    assert "| 25 %, 75 % [30, 95] |" in lines[2] and "| 25 %, 75 % [30, 95] |" in lines[3]
+    short = report.short_table([row, other])
+    assert len({line.count("|") for line in short}) == 1 and "25 %, 75 %" in short[2]

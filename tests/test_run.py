@@ -316,6 +316,19 @@ def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path):
     assert row["simulator_steps"] == steps and f"{steps:,} steps" in report.table([row])[2]
 
 
+def test_a_finished_policy_is_deployed_by_its_run(done):
+    """diwa.deploy: what a robot runs, by the name of the run alone; the actions are those of the tuned net."""
+    import numpy as np
+    agent = diwa.deploy("--run", "smoke", "--runs", str(done), "--task", "close_drawer", "--device", "cpu")
+    tuned = torch.load(done / "smoke" / "finetune_close_drawer.pt", weights_only=True)["actor"]
+    assert all(torch.equal(value, tuned[name]) for name, value in agent.actor.state_dict().items())
+    play = runs.Dataset(done / "smoke" / "play")
+    agent.reset(1)
+    for t in range(3):
+        action, = agent.act({key: [play[key][t]] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
+        assert action.shape == (7,) and np.abs(action).max() <= 1 and action[6] in (-1, 1)
+
+
 class Staring:
     """A simulator that looks at every step, whether it is asked to or not."""
 

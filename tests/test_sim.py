@@ -288,3 +288,27 @@ def test_a_task_may_ask_for_more_than_one_thing(monkeypatch):
         shut[cs.DRAWER] = 0.05
         assert cs.success("led_while_open", scene, lit) and not cs.success("led_while_open", scene, shut)
         assert cs.success("led_while_open", scene, np.stack([lit, shut])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("task", cs.TASKS)
+def test_official_initial_states(task):
+    """CALVIN's own protocol: fixtures at an end of their travel, lever and bulb agreeing, blocks on four
+    known places, one or two on the table, the arm in its one pose; and the task can be done."""
+    places = np.array([*cs.CABINET, *cs.TABLE])
+    combinations = set()
+    for seed in range(100):
+        robot, scene = cs.official_start(task, np.random.default_rng(seed))
+        again = cs.official_start(task, np.random.default_rng(seed))
+        assert (robot == again[0]).all() and (scene == again[1]).all()
+        assert cs.possible(task, scene) and not cs.success(task, scene, scene)
+        assert scene[cs.BUTTON] == 0 and (scene[cs.SWITCH] > 0.05) == scene[cs.BULB]
+        for joint in (cs.SLIDER, cs.DRAWER, cs.SWITCH):
+            assert scene[joint] in (0, np.float32(cs.LIMITS[joint]))
+        blocks = scene[6:24].reshape(3, 6)
+        where = [int(np.flatnonzero(np.abs(places - block[:3]).max(1) < 1e-6)[0]) for block in blocks]
+        assert len(set(where)) == 3 and sum(place >= 2 for place in where) in (1, 2)
+        assert (np.abs(blocks[:, 5] - np.pi / 2) <= np.pi / 8 + 1e-6).all()
+        combinations.add((*scene[:6], *where))
+    assert len(combinations) > 40, "8 of the 16 combinations of fixtures, many of the blocks"
+    tcp, _ = cs.forward_kinematics(robot[7:14])
+    np.testing.assert_allclose(tcp, robot[:6], atol=1e-3)
