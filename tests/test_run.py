@@ -317,7 +317,7 @@ def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path):
 
 
 def test_a_finished_policy_is_deployed_by_its_run(done):
-    """diwa.deploy: what a robot runs, by the name of the run alone; the actions are those of the tuned net."""
+    """diwa.deploy: what a robot runs, by the run's name alone; its net is the tuned one."""
     import numpy as np
     agent = diwa.deploy("--run", "smoke", "--runs", str(done), "--task", "close_drawer", "--device", "cpu")
     tuned = torch.load(done / "smoke" / "finetune_close_drawer.pt", weights_only=True)["actor"]
