@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock, Timeout                      # comes with torch
 
 import calvin_sim
-from data import Dataset, Recording
+from data import Dataset, Recording, frame_bytes
 from support import calvin_real, report
 from support.files import ELSEWHERE, InputError, write_atomic, writing
 from support.fingerprint import code_of, definitions
@@ -877,11 +877,49 @@ def called_by_a_worker():
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
+REFERENCE = {  # minutes of each stage at the defaults, on two cores of a server (rows in docs/results)
+    "tabletop": dict(play=3.8, demos=0.1, wm=13, bc=0.3, reward=0.5, finetune=2, eval=1.2),
+    "calvin": dict(play=62, demos=0.9, wm=15, bc=0.5, reward=0.8, finetune=2.8, eval=8),
+}
+GROWS_WITH = dict(
+    play=["play_frames"],
+    demos=["demo_count"],
+    wm=["wm_updates", "wm_batch", "wm_length"],
+    bc=["bc_updates", "bc_batch"],
+    reward=["reward_updates"],
+    finetune=["ft_iterations", "ft_dreams", "ft_chunks"],
+    eval=["eval_episodes"],
+)
+
+
+def expectation(cfg, tasks):
+    """What a whole run will take, in a sentence for its start; "" where that has not been measured."""
+    if cfg.sim not in REFERENCE or cfg.data or cfg.device != "cpu" or cfg.wm_encoder != "linear":
+        return ""
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    minutes = {}
+    for stage, reference in REFERENCE[cfg.sim].items():
+        factors = [getattr(cfg, name) / defaults[name] for name in GROWS_WITH[stage]]
+        minutes[stage] = reference * math.prod(factors)
+    shared = {stage: minutes[stage] for stage in ("play", "wm")}
+    each = {stage: value for stage, value in minutes.items() if stage not in shared}
+    total = sum(shared.values()) + tasks * sum(each.values())
+
+    def listed(stages):
+        return ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items())
+
+    gigabytes = (cfg.play_frames + tasks * cfg.demo_count * 75) * frame_bytes(cfg.image_size) / 1e9
+    return (f"expected on two cores of a server, in minutes: {listed(shared)}; for each of {tasks} tasks "
+            f"{listed(each)}; together {total:.0f}, and {gigabytes:.1f} GB")
+
+
 def run(cfg, stage_work):
     """The stages of --stage for the tasks of --task, one after the other."""
     definitions()                         # the code as it is now: an editor may change it during the run
     stages = [*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]
     tasks = tasks_of(cfg) if cfg.task == "all" else [cfg.task]
+    if cfg.stage == "all" and (line := expectation(cfg, len(tasks))):
+        print(line)
     for task in tasks:
         cfg = dataclasses.replace(cfg, task=task)
         for stage in stages:

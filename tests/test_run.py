@@ -329,6 +329,20 @@ def test_a_finished_policy_is_deployed_by_its_run(done):
         assert action.shape == (7,) and np.abs(action).max() <= 1 and action[6] in (-1, 1)
 
 
+def test_a_run_says_what_it_will_take():
+    """Minutes and GB at the start, scaled from measured ones by the settings they grow with; nothing where
+    nothing was measured."""
+    def line(*flags):
+        cfg = runs.check_config(runs.parse(["--run", "none yet", *flags], diwa.Config, diwa.PRESETS, "", ""))
+        return runs.expectation(cfg, 8)
+
+    words = "--device", "cpu", "--preset", "cpu"
+    assert "play 3.8, wm 13.0; for each of 8 tasks demos 0.1" in line(*words)
+    assert "play 1.9, wm 26.0;" in line(*words, "--play_frames", "90000", "--wm_updates", "18000")
+    assert "eval 0.6;" in line(*words, "--eval_episodes", "50")
+    assert line(*words, "--wm_encoder", "conv") == ""
+
+
 class Staring:
     """A simulator that looks at every step, whether it is asked to or not."""
 
