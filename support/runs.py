@@ -268,7 +268,6 @@ def origin(cfg, stage):
     Settings, code (see fingerprint.py), and which results it was made from."""
     return dict(
         stamp=stamp(cfg, stage),
-        python=platform.python_version().rpartition(".")[0],
         code=code(cfg, stage),
         made_from={other: mark(found_origin(cfg, other)) for other in STAGES[stage][1]},
     )
@@ -299,7 +298,7 @@ def found_origin(cfg, stage):
 @functools.lru_cache(maxsize=64)
 def read_origin(path, changed):
     content = load_file(path)
-    return {key: content[key] for key in ("stamp", "python", "code", "made_from") if key in content}
+    return {key: content[key] for key in ("stamp", "code", "made_from") if key in content}
 
 
 def other_settings(cfg, stage, found):
@@ -319,9 +318,7 @@ def other_code(cfg, stage, found):
     -> (the stage to do again, what has changed), or None
 
     --keep wm uses the wm as it is, and so says nothing of it."""
-    # another Python writes syntax trees in another way
-    version = platform.python_version().rpartition(".")[0]
-    if stage not in cfg.keep.split(",") and "code" in found and found["python"] == version:
+    if stage not in cfg.keep.split(",") and "code" in found:
         now = code(cfg, stage)
         then = found["code"]
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
