@@ -52,10 +52,10 @@ def bench_simulator():
     for task in ("open_drawer", "move_slider_left", "turn_on_led"):
         start = calvin_sim.sample_start(task, np.random.default_rng(0))
         obs = sim.reset(*start)
-        expert = calvin_sim.Expert(task, np.random.default_rng(0))
+        driver = expert.Expert(task, np.random.default_rng(0))
         actions = []
         for _ in range(60):
-            actions.append(expert.act(obs["robot_obs"], obs["scene_obs"]))
+            actions.append(driver.act(obs["robot_obs"], obs["scene_obs"]))
             obs = sim.step(actions[-1])
         episodes.append((start, actions))
 

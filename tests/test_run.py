@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import calvin_sim
+import data
 import diwa
 from support import evaluate, report, runs
 
@@ -263,7 +264,7 @@ def test_all_tasks_share_play_and_world_model(done, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(runs, "run_stage", stage)
     monkeypatch.setitem(diwa.STAGE_WORK, "report", written)
     assert diwa.main([*TINY, "--runs", str(tmp_path), "--task", "all"]) == 0
-    assert asked == [(task, name) for task in diwa.TASKS for name in runs.STAGES]
+    assert asked == [(task, name) for task in calvin_sim.TASKS for name in runs.STAGES]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table][2:-1] == list(report.PAPER)
 
@@ -418,7 +419,7 @@ def recording(done, tmp_path_factory):
     spans = []
     for i, part in enumerate(parts):
         frames = {}
-        for key in runs.FIELDS:
+        for key in data.FIELDS:
             shown = [demos[key][a:b + 1] for _, a, b in demos.segments[i::4]]
             frames[key] = np.concatenate([play[key][500 * i:500 * i + 500], *shown])
         save_part(part, frames)
