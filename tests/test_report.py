@@ -120,7 +120,7 @@ def test_trust_counts_attempts_by_truth_and_verdict():
 @pytest.mark.parametrize("folder, page", [
     ("results", "docs/RESULTS.md"),
     ("results/gpu", "docs/RESULTS.md"),
-    ("results/calvin", "docs/RESULTS.md"),
+    ("results/calvin_play30000", "docs/RESULTS.md"),
     ("results/predicate9000", "docs/EXPERIMENTS.md"),
     ("results/demos10_rounds", "docs/EXPERIMENTS.md"),
     ("results/demos10_mixed", "docs/EXPERIMENTS.md"),
