@@ -90,8 +90,8 @@ def test_a_dead_worker_is_noticed():
 
 
 @pytest.mark.parametrize("stage, flags", [
-    ("demos", ["--demo_count", "40"]),
-    ("eval", ["--eval_episodes", "60"]),
+    ("demos", ["--demo_count", "16"]),
+    ("eval", ["--eval_episodes", "30"]),
 ])
 def test_a_killed_worker_ends_it_and_the_same_command_goes_on(again, stage, flags):
     command = [*TINY, *SHORT, *FEW, "--runs", again, "--stage", stage, *flags]
@@ -433,7 +433,7 @@ def test_no_links_and_a_dataset_may_move(recording, tmp_path, monkeypatch, capsy
     robot[7, 0] += 0.001
     np.save(tmp_path / "there" / "robot_obs.npy", robot)
     runs.identity.cache_clear()
-    assert main(tmp_path, "--data", str(tmp_path / "there"), "--sim", "none") == 0
+    assert main(tmp_path, "--data", str(tmp_path / "there"), "--sim", "none", "--stage", "play") == 0
     assert capsys.readouterr().out.count("skipped") == 0, "another recording is another run"
 
 
@@ -468,7 +468,7 @@ def test_the_same_command_twice_at_once(tmp_path):
 def test_tasks_at_once_over_one_world_model(again):
     """Two tasks in one run folder at the same time: both end, and no row of the log is lost."""
     tasks = ("open_drawer", "turn_on_led")
-    command = [*TINY, *SHORT, *FEW, "--runs", again]
+    command = [*TINY, *SHORT, *FEW, "--eval_episodes", "2", "--eval_curve", "0", "--runs", again]
     before = (again / "smoke" / "log.csv").read_text().splitlines()
     processes = [start(*command, "--task", task) for task in tasks]
     assert [process.communicate(timeout=240)[1] for process in processes] == ["", ""]
