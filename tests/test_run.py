@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import calvin_sim
 import data
 import diwa
-from support import evaluate, report, runs
+from support import evaluate, record, report, runs
 
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
 # where only the plumbing is tested
@@ -134,7 +134,7 @@ def test_offline_stages_step_no_simulator(done, tmp_path, monkeypatch):
         raise AssertionError("an offline stage built a simulator")
 
     monkeypatch.setattr(calvin_sim, "Tabletop", forbidden)
-    for module in (runs, evaluate):
+    for module in (runs, evaluate, record):
         monkeypatch.setattr(module, "in_processes", forbidden)
     for stage in ("wm", "bc", "reward", "finetune"):
         assert fast(folder, "--stage", stage, *SHORT) == 0
@@ -239,7 +239,11 @@ def test_interrupt_keeps_the_work(done, tmp_path):
     folder = copy_run(done, tmp_path, "wm.pt")
     command = [sys.executable, str(ROOT / "diwa.py"), *TINY, "--runs", str(folder)]
     command += ["--stage", "wm", "--wm_updates", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def listen():                                           # a test that runs in the background is deaf to it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, preexec_fn=listen, **pipes)
     for line in process.stdout:
         if "100,000" in line:
             break
