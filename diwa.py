@@ -73,7 +73,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     play_frames: int = 180_000      # recorded frames of play (paper: 500,000)
     demo_count: int = 50            # demonstrations of the task (paper: 50)
     wm_updates: int = 9000          # gradient steps of the world model (paper: up to 2 M)
-    reward_labels: str = "unlabelled"  # play as negatives; demos: without; predicate: by the rule (in CALVIN)
+    reward_labels: str = "unlabelled"  # unlabelled play as negatives; demos (paper); predicate: by the rule
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_bc: float = 0.05             # alpha_BC, pull to the cloned policy (paper: .05; ten demos: .01)
     # play: task-agnostic interaction, the world model's only food

@@ -19,9 +19,3 @@ PRESETS = {
         reward_hidden=64, reward_updates=60, ft_iterations=3, ft_dreams=16, ft_epochs=2, ft_warmup=1,
         ft_snapshot=2, eval_episodes=8, eval_curve=4, eval_official=2),
 }
-
-# What a simulator needs otherwise than the presets say, by measurement (docs/EXPERIMENTS.md, "The real
-# CALVIN"): without labels the classifier believes an arm that lifts beside the lever.
-BY_SIMULATOR = {
-    "calvin": dict(reward_labels="predicate"),
-}

@@ -334,21 +334,6 @@ def test_a_finished_policy_is_deployed_by_its_run(done):
         assert action.shape == (7,) and np.abs(action).max() <= 1 and action[6] in (-1, 1)
 
 
-def test_a_simulator_brings_its_own_settings(tmp_path):
-    """--sim calvin labels play by the task's rule, unless the command or the run says otherwise."""
-    def labels(*flags):
-        words = ["--runs", str(tmp_path), *flags]
-        return runs.parse(words, diwa.Config, diwa.PRESETS, "", "").reward_labels
-
-    assert labels() == "unlabelled" and labels("--sim", "calvin") == "predicate"
-    assert labels("--sim", "calvin", "--preset", "smoke") == "predicate"
-    assert labels("--sim", "calvin", "--reward_labels", "demos") == "demos"
-    (tmp_path / "old").mkdir()
-    saved = dict(settings=dict(sim="calvin", preset="cpu", reward_labels="unlabelled"))
-    (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
-    assert labels("--run", "old", "--sim", "calvin") == "unlabelled"
-
-
 def test_a_run_says_what_it_will_take():
     """Minutes and GB at the start, scaled from measured ones by the settings they grow with; nothing where
     nothing was measured."""
