@@ -121,6 +121,7 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     ("results", "docs/RESULTS.md"),
     ("results/gpu", "docs/RESULTS.md"),
     ("results/calvin_play30000", "docs/RESULTS.md"),
+    ("results/calvin_unlabelled", "docs/RESULTS.md"),
     ("results/predicate9000", "docs/EXPERIMENTS.md"),
     ("results/demos10_rounds", "docs/EXPERIMENTS.md"),
     ("results/demos10_mixed", "docs/EXPERIMENTS.md"),
@@ -196,3 +197,17 @@ def test_official_starts_are_a_column_where_rows_have_them():
     assert "| 25 %, 75 % [30, 95] |" in lines[2] and "| 25 %, 75 % [30, 95] |" in lines[3]
     short = report.short_table([row, other])
     assert len({line.count("|") for line in short}) == 1 and "25 %, 75 %" in short[2]
+
+
+def test_the_rows_we_keep_are_healthy():
+    """The ranges hold for the runs that they are drawn from, and are not much wider: at least a fifth of each
+    is used."""
+    rows = [json.loads(path.read_text()) for path in sorted((ROOT / "docs" / "results").glob("*/*.json"))]
+    ends = [row["ends"] for row in rows if "ends" in row]
+    assert len(ends) >= 6
+    text = (ROOT / "docs" / "RESULTS.md").read_text()
+    assert all(line in text for line in report.ranges(rows)), "the table of ranges is what --ranges prints"
+    for (stage, metric), (low, high, _) in report.HEALTHY.items():
+        values = [end[f"{stage}.{metric}"] for end in ends]
+        assert low <= min(values) and max(values) <= high, (stage, metric, min(values), max(values))
+        assert max(values) - min(values) > (high - low) / 5, (stage, metric, min(values), max(values))
