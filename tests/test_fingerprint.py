@@ -91,8 +91,8 @@ def program(tmp_path_factory):
 def call(folder, *flags):
     """The stages up to eval of the program in `folder`, in one process: a report would only draw."""
     few = ["--play_frames", "800", "--play_episode", "80", "--play_replay", "1", "--demo_count", "2",
-           "--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2", "--eval_episodes", "2",
-           "--eval_curve", "0"]
+           "--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2",
+           "--eval_episodes", "2", "--eval_curve", "0"]
     stages = [] if "--stage" in flags else list(runs.STAGES)
     words = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer", *few, *flags]
     command = [sys.executable, "-c", ONE_BY_ONE, json.dumps([stages, words])]
