@@ -122,6 +122,7 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     ("results/gpu", "docs/RESULTS.md"),
     ("results/calvin_play30000", "docs/RESULTS.md"),
     ("results/calvin_unlabelled", "docs/RESULTS.md"),
+    ("results/calvin_labelled", "docs/EXPERIMENTS.md"),
     ("results/predicate9000", "docs/EXPERIMENTS.md"),
     ("results/demos10_rounds", "docs/EXPERIMENTS.md"),
     ("results/demos10_mixed", "docs/EXPERIMENTS.md"),
