@@ -120,11 +120,13 @@ def test_the_samples_actions_replayed_fulfil_its_labels(sample, blind):
 def test_reset_restores_a_recorded_state(blind):
     episode, solved = expert.demo_episode(blind, "move_slider_left", 0)
     assert solved
-    for t in (0, 20, len(episode["rel_actions"]) - 1):
+    last = len(episode["rel_actions"]) - 1
+    for t, contact in ((0, False), (20, False), (last, True)):
         obs = blind.reset(episode["robot_obs"][t], episode["scene_obs"][t])
         robot = obs["robot_obs"]
         recorded = episode["robot_obs"][t]
-        assert np.allclose(robot[7:], recorded[7:], atol=1e-4), "joints and the last gripper command"
+        # at the end the hand leans against the door, which pushes it back in the reset's own physics step
+        assert np.allclose(robot[7:], recorded[7:], atol=1e-3 if contact else 1e-5), "joints, gripper command"
         assert np.allclose(robot[:7], recorded[:7], atol=3e-3), "a moving tcp is recorded 1/240 s late"
         assert np.allclose(obs["scene_obs"][:6], episode["scene_obs"][t][:6], atol=1e-3)
         blocks = np.abs(obs["scene_obs"][6:] - episode["scene_obs"][t][6:]).reshape(3, 6)
