@@ -639,7 +639,7 @@ def health(path, task, logs):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(3, 4, figsize=(13, 8))
+    figure, axes = plt.subplots(3, 4, figsize=(13, 8), gridspec_kw=dict(hspace=0.35, wspace=0.25))
     for axis in axes.flat[len(logs):]:
         axis.axis("off")
     for axis, ((stage, metric), (steps, values)) in zip(axes.flat, logs.items()):
@@ -652,7 +652,6 @@ def health(path, task, logs):
         axis.set_title(f"{stage}: {metric}", fontsize=9)
         axis.tick_params(labelsize=7)
     figure.suptitle(f"{task}: green is where the terms end in runs that went well", fontsize=10)
-    figure.tight_layout()
     write_atomic(path, lambda p: figure.savefig(p, dpi=90))
     plt.close(figure)
 
