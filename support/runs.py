@@ -148,7 +148,6 @@ def hint(name, allowed):
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-
 def exists(path):
     """Path.exists, but a name that the file system refuses is one sentence.
 
@@ -874,9 +873,10 @@ def called_by_a_worker():
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
-REFERENCE = {  # minutes of each stage at the defaults, on two cores of a server (rows in docs/results)
+REFERENCE = {  # minutes of each stage at the defaults, on two cores of a server (rows in docs/results;
+    # calvin's play by its rate, 45 frames/s and free core, for no whole recording had the machine to itself)
     "tabletop": dict(play=3.8, demos=0.1, wm=13, bc=0.3, reward=0.5, finetune=2, eval=1.2),
-    "calvin": dict(play=62, demos=0.9, wm=15, bc=0.5, reward=0.8, finetune=2.8, eval=8),
+    "calvin": dict(play=35, demos=0.9, wm=15, bc=0.5, reward=0.8, finetune=2.8, eval=8),
 }
 GROWS_WITH = dict(
     play=["play_frames"],
