@@ -477,7 +477,7 @@ def world_model_loss(wm, batch, cfg):
 #        1             0             chain[K'-1]     chain[K']     net    ft_std                0
 #
 #    The log-probability uses the practice's std.  With K = 20 sigma is .076 or more at t > 0, 1e-10 at t = 0:
-#    without the floor the last step would explore nothing, its density be too sharp to have a gradient.
+#    without the floor the last step would explore nothing, and its density be too sharp for a gradient.
 #    base is the cloned net, frozen; net is its copy that PPO trains; chain[K'] is what the arm executes.
 
 class TimeEmbedding(nn.Sequential):
