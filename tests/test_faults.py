@@ -21,27 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
 import diwa
+from conftest import TINY, command, copy_run, main
 from support import data_command, evaluate, record, report, runs
-
-TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
-SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2",
-         "--eval_episodes", "4", "--eval_curve", "2"]
-FEW = ["--play_frames", "2000", "--play_replay", "1", "--demo_count", "2"]
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A finished run: its folder's parent."""
-    folder = tmp_path_factory.mktemp("runs")
-    assert diwa.main([*TINY, *SHORT, *FEW, "--runs", str(folder)]) == 0
-    return folder
-
 
 @pytest.fixture
 def again(done, tmp_path):
     """A copy of the finished run, to be spoilt."""
-    shutil.copytree(done / "smoke", tmp_path / "runs" / "smoke")
-    return tmp_path / "runs"
+    return copy_run(done, tmp_path / "runs")
 
 
 def sentence(capsys, *words):
@@ -51,15 +37,10 @@ def sentence(capsys, *words):
     return text
 
 
-def main(folder, *flags):
-    return diwa.main([*TINY, *SHORT, *FEW, "--runs", str(folder), *flags])
-
-
-def start(*flags, code=None, **kwargs):
+def start(*flags, code=""):
     """The program as a process of its own."""
-    command = [sys.executable, str(ROOT / "diwa.py")] if code is None else [sys.executable, "-c", code]
-    command += map(str, flags)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command(*flags, code=code), **pipes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -90,31 +71,31 @@ def test_a_dead_worker_is_noticed():
 
 
 @pytest.mark.parametrize("stage, flags", [
-    ("demos", ["--demo_count", "16"]),
-    ("eval", ["--eval_episodes", "30"]),
+    ("demos", ["--demo_count", "14"]),
+    ("eval", ["--eval_episodes", "24", "--eval_curve", "0"]),
 ])
 def test_a_killed_worker_ends_it_and_the_same_command_goes_on(again, stage, flags):
-    command = [*TINY, *SHORT, *FEW, "--runs", again, "--stage", stage, *flags]
+    words = [*TINY, "--runs", again, "--stage", stage, *flags]
     names = ["eval_close_drawer.json"]
     if stage == "demos":
         names = ["demos_close_drawer", "eval_close_drawer.json"]
     for name in names:
         path = again / "smoke" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    process = start(*command)
+    process = start(*words)
     workers = []
     # the forkserver is a child, its workers are children of that
     while len(workers) < 2 and process.poll() is None:
         time.sleep(0.05)
         first = children(process.pid)
         workers = [p for p in first if any(p in children(q) for q in first if q != p)]
-    time.sleep(1)
+    time.sleep(0.2)
     os.kill(workers[-1], signal.SIGKILL)
     killed = time.time()
     _, error = process.communicate(timeout=60)
     assert time.time() - killed < 10 and process.returncode == 2
     assert "died" in error and len(error.strip().splitlines()) == 1
-    assert start(*command).wait(120) == 0
+    assert diwa.main([str(word) for word in words]) == 0
 
 
 def test_a_script_without_a_main_guard_ends(tmp_path):
@@ -285,8 +266,9 @@ def test_a_refused_command_changes_no_settings(again, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # F: nothing to judge with
 
-def test_no_demonstrations_that_judge(tmp_path):
-    assert diwa.main([*TINY, *SHORT, "--runs", str(tmp_path), "--play_replay", "0", "--demo_count", "2"]) == 0
+def test_no_demonstrations_that_judge(tmp_path, no_pictures):
+    assert main(tmp_path, "--play_replay", "0", "--play_frames", "400", "--eval_curve", "0",
+                "--eval_episodes", "2") == 0
     text = (tmp_path / "smoke" / "report.md").read_text()
     assert "Replay share: not measured" in text and "nan" not in text.split("Open-loop")[0]
 
@@ -306,10 +288,10 @@ def pack_recording(folder, play, demos, fields, names):
     spans = []
     for i, part in enumerate(parts):
         _, a, b = demos.segments[i % len(demos.segments)]
-        pieces = {key: np.concatenate([play[key][200 * i:200 * i + 200], demos[key][a:b + 1]])
+        pieces = {key: np.concatenate([play[key][100 * i:100 * i + 100], demos[key][a:b + 1]])
                   for key in fields}
         data.save_part(part, pieces)
-        spans.append((names[i % len(names)], 200, 200 + b - a))
+        spans.append((names[i % len(names)], 100, 100 + b - a))
     data.pack(parts, folder / "packed", dict(source="a robot", renderer="a camera"), spans)
     return folder / "packed"
 
@@ -324,7 +306,7 @@ def test_a_recording_without_annotations(recording, tmp_path, capsys):
     assert "no segments of close_drawer" in capsys.readouterr().err
 
 
-def test_all_tasks_are_those_of_the_recording(recording, tmp_path, capsys):
+def test_all_tasks_are_those_of_the_recording(recording, tmp_path, no_pictures):
     assert main(tmp_path, "--data", str(recording), "--sim", "none", "--task", "all") == 0
     folder = tmp_path / "smoke"
     assert (folder / "report_close_drawer.md").exists() and not list(folder.glob("*open_drawer*"))
@@ -342,7 +324,7 @@ def test_all_tasks_are_those_of_the_recording(recording, tmp_path, capsys):
     ("wm_h", 0), ("ft_horizon", 0), ("eval_curve", -1), ("ft_bc", "inf"), ("wm_classes", 0),
 ])
 def test_numbers_out_of_range_are_refused_before_any_work(flag, value, tmp_path, capsys):
-    assert diwa.main([*TINY, *SHORT, "--runs", str(tmp_path), f"--{flag}", str(value)]) == 2
+    assert diwa.main([*TINY, "--runs", str(tmp_path), f"--{flag}", str(value)]) == 2
     assert flag in sentence(capsys)
     assert not list(tmp_path.iterdir())
 
@@ -352,7 +334,7 @@ def test_every_number_of_every_preset_is_in_its_range():
         runs.check_config(diwa.Config(**{"run": "x", "preset": name, "device": "cpu", **settings}))
 
 
-def test_no_learning_curve(again):
+def test_no_learning_curve(again, no_pictures):
     assert main(again, "--eval_curve", "0") == 0
     assert json.loads((again / "smoke" / "eval_close_drawer.json").read_text())["curve"] == {}
 
@@ -418,7 +400,7 @@ def test_success_without_a_rule_is_a_segments_end(done, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # J, N: a dataset on a drive without links, or that moved
 
-def test_no_links_and_a_dataset_may_move(recording, tmp_path, monkeypatch, capsys):
+def test_no_links_and_a_dataset_may_move(recording, tmp_path, monkeypatch, capsys, no_pictures):
     def refuse(*a):
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -455,22 +437,33 @@ def test_no_assert_does_work():
 def test_the_same_command_twice_at_once(tmp_path):
     """While one program is at a stage, another that wants the same result is refused; afterwards it goes
     on."""
-    command = [*TINY, "--runs", tmp_path, "--stage", "demos", "--demo_count", "2"]
+    words = [*TINY, "--runs", tmp_path, "--stage", "demos", "--demo_count", "2"]
     with runs.alone(tmp_path / "smoke" / "demos_close_drawer", "demos"):
-        second = start(*command)
+        second = start(*words)
         _, error = second.communicate(timeout=120)
         assert second.returncode == 2 and "another program" in error and "--run" in error
         assert len(error.strip().splitlines()) == 1
-    assert start(*command).wait(200) == 0
+    assert diwa.main([str(word) for word in words]) == 0
     assert len(data.Dataset(tmp_path / "smoke" / "demos_close_drawer").segments) == 2
+
+
+WITHOUT_PICTURES = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import diwa
+from support import evaluate, report
+evaluate.record_rollouts = report.gif = report.curves = report.health = lambda *a: None
+sys.exit(diwa.main(sys.argv[1:]))
+"""
 
 
 def test_tasks_at_once_over_one_world_model(again):
     """Two tasks in one run folder at the same time: both end, and no row of the log is lost."""
     tasks = ("open_drawer", "turn_on_led")
-    command = [*TINY, *SHORT, *FEW, "--eval_episodes", "2", "--eval_curve", "0", "--runs", again]
+    words = [*TINY, "--demo_count", "2", "--eval_episodes", "2", "--eval_curve", "0", "--workers", "1",
+             "--runs", again]
     before = (again / "smoke" / "log.csv").read_text().splitlines()
-    processes = [start(*command, "--task", task) for task in tasks]
+    processes = [start(*words, "--task", task, code=WITHOUT_PICTURES) for task in tasks]
     assert [process.communicate(timeout=240)[1] for process in processes] == ["", ""]
     log = (again / "smoke" / "log.csv").read_text().splitlines()
     assert set(before) <= set(log)
@@ -511,7 +504,7 @@ def test_the_advice_for_a_small_recording_works(done, tmp_path, capsys):
     for i, length in enumerate((100, 46, 75, 50, 48, 73)):
         parts.append(tmp_path / f"{i}.npz")
         data.save_part(parts[-1], {key: play[key][first:first + length] for key in data.FIELDS})
-        first += 200
+        first += 150
     meta = dict(source="a robot", renderer="a camera")
     data.pack(parts, tmp_path / "packed", meta, [("close_drawer", 0, 40)] * 6)
     flags = ["--data", str(tmp_path / "packed"), "--sim", "none", "--wm_length", "20"]
@@ -549,7 +542,7 @@ def test_config_json_torn(again, capsys, text):
     sentence(capsys, "config.json")
 
 
-def test_a_torn_log_is_read_as_far_as_it_goes(again):
+def test_a_torn_log_is_read_as_far_as_it_goes(again, no_pictures):
     path = again / "smoke" / "log.csv"
     path.write_bytes(path.read_bytes() + b"wm,,12,im\nwm,,x,image,3\nwm,,13,image,\x00\xff\nwm,,14,image,4e")
     assert main(again, "--stage", "report") == 0

@@ -1,6 +1,7 @@
 """Changed code is noticed: exactly the stages that depend on it are done again, and a comment changes
 nothing."""
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import diwa
-from support import runs
+from conftest import TINY, command, copy_run, main
+from support import evaluate, fingerprint, runs
 
 ALL = set(runs.STAGES)
 LEARNT = {"wm", "bc", "reward", "finetune", "eval"}
@@ -47,12 +50,19 @@ def edit(folder, file, old, new):
     text = (folder / file).read_text()
     assert old in text, f"{file} has changed: this test looks for {old!r}"
     (folder / file).write_text(text.replace(old, new))
+    forget()
+
+
+def forget():
+    """A program reads its code once."""
+    fingerprint.definitions.cache_clear()
+    fingerprint.code_of.cache_clear()
 
 
 CODES = """
 import sys
 import json
-from support import fingerprint, runs
+from support import evaluate, fingerprint, runs
 import diwa
 from pathlib import Path
 cfg = diwa.Config(run='r')
@@ -80,70 +90,57 @@ def test_exactly_the_stages_that_reach_a_line_see_it_change(tmp_path):
         assert {s for s in ALL if codes[str(folder)][s] != plain[s]} == stages, (file, old)
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """A copy of the program with a finished run in it."""
-    folder = tree(tmp_path_factory.mktemp("program"))
-    assert call(folder).returncode == 0
-    return folder
+@pytest.fixture
+def program(done, tmp_path, monkeypatch):
+    """A copy of the program and of the finished run -> its folder, its command line.
+
+    The command line runs in this process, but with checksums of the copy's code."""
+    folder = copy_run(done, tree(tmp_path))
+
+    with monkeypatch.context() as patch:
+        forget()
+        patch.setattr(fingerprint, "ROOT", folder)
+        patch.setattr(evaluate, "in_processes", lambda cfg, function, jobs, name: map(function, jobs))
+        yield folder, functools.partial(main, folder)
+    forget()
 
 
-def call(folder, *flags):
-    """The stages up to eval of the program in `folder`, in one process: a report would only draw."""
-    few = ["--play_frames", "800", "--play_episode", "80", "--play_replay", "1", "--demo_count", "2",
-           "--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2",
-           "--eval_episodes", "2", "--eval_curve", "0"]
-    stages = [] if "--stage" in flags else list(runs.STAGES)
-    words = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer", *few, *flags]
-    command = [sys.executable, "-c", ONE_BY_ONE, json.dumps([stages, words])]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
-
-
-ONE_BY_ONE = """
-import json, sys
-sys.path.insert(0, ".")
-import diwa
-if __name__ == "__main__":
-    stages, words = json.loads(sys.argv[1])
-    for stage in stages:
-        if code := diwa.main([*words, "--stage", stage]):
-            sys.exit(code)
-    if not stages:
-        sys.exit(diwa.main(words))
-"""
-
-
-def test_a_changed_line_is_done_again_and_a_comment_is_not(program):
-    skipped = call(program).stdout.count("skipped")
-    assert skipped == len(ALL)
-    edit(program, "diwa.py",
+def test_a_changed_line_is_done_again_and_a_comment_is_not(program, capsys):
+    folder, call = program
+    edit(folder, "diwa.py",
          "trace = delta + gamma * lam * trace", "trace = delta + 1.0 * gamma * lam * trace")
-    refused = call(program, "--stage", "eval")
-    assert refused.returncode == 2 and "diwa.gae" in refused.stderr and "--keep finetune" in refused.stderr
-    kept = call(program, "--keep", "finetune")
-    assert kept.returncode == 0 and kept.stdout.count("skipped") == len(ALL)
-    again = call(program, "--stage", "finetune")
-    assert again.returncode == 0 and "last time" in again.stdout
+    assert call("--stage", "eval") == 2
+    refused = capsys.readouterr().err
+    assert "diwa.gae" in refused and "--keep finetune" in refused
+    for stage in runs.STAGES:
+        assert call("--keep", "finetune", "--stage", stage) == 0
+    assert capsys.readouterr().out.count("skipped") == len(ALL)
+    words = command(*TINY, "--runs", folder, "--stage", "finetune")[2:]
+    again = subprocess.run([sys.executable, folder / "diwa.py", *words], capture_output=True, text=True)
+    assert again.returncode == 0 and "last time" in again.stdout, "the changed program itself"
     assert "finetune: the code of diwa.gae has changed; it is done again" in again.stdout
-    after = call(program)
-    assert after.returncode == 0 and after.stdout.count("skipped") == len(ALL) - 1
-    assert "eval: finetune has been made anew" in after.stdout
-    edit(program, "diwa.py",
+    for stage in runs.STAGES:
+        assert call("--stage", stage) == 0
+    after = capsys.readouterr().out
+    assert after.count("skipped") == len(ALL) - 1
+    assert "eval: finetune has been made anew" in after
+    edit(folder, "diwa.py",
          "        trace = delta + 1.0 *", "        # as before\n        trace = delta + 1.0 *")
-    assert call(program).stdout.count("skipped") == len(ALL)
+    for stage in runs.STAGES:
+        assert call("--stage", stage) == 0
+    assert capsys.readouterr().out.count("skipped") == len(ALL)
 
 
-def test_a_result_without_a_new_flag_or_without_code_still_loads(program):
+def test_a_result_without_a_new_flag_or_without_code_still_loads(done, tmp_path):
     """Of an earlier version: it lacks a setting, or knows nothing of its code."""
-    folder = program / "runs" / "smoke"
-    import torch
-    path = folder / "wm.pt"
+    folder = copy_run(done, tmp_path)
+    path = folder / "smoke" / "wm.pt"
     content = torch.load(path, weights_only=True)
     del content["stamp"]["wm_free"]
     for key in ("code", "made_from"):
         del content[key]
     torch.save(content, path)
-    flags = ["--run", "smoke", "--runs", str(program / "runs"), "--device", "cpu", "--task", "close_drawer"]
+    flags = ["--run", "smoke", "--runs", str(folder), "--device", "cpu", "--task", "close_drawer"]
     cfg = runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
     assert runs.load(cfg, "wm")["model"]
     with pytest.raises(runs.InputError, match="wm_free=0.0.*wm_free=1.0"):

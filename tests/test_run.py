@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,43 +17,8 @@ sys.path.insert(0, str(ROOT))
 import calvin_sim
 import data
 import diwa
+from conftest import TINY, command, copy_run, made_once, main, shell
 from support import evaluate, record, report, runs
-
-TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer"]
-# where only the plumbing is tested
-SHORT = ["--wm_updates", "20", "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2"]
-
-
-def shell(*flags, timeout=240, prelude=""):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diwa; from support import runs; "
-            f"{prelude}; sys.exit(diwa.main(sys.argv[1:]))")
-    program = ["-c", code] if prelude else [str(ROOT / "diwa.py")]
-    command = [sys.executable, *program, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
-@pytest.fixture(scope="session")
-def done(tmp_path_factory):
-    """A run folder with every stage done by the command line."""
-    folder = tmp_path_factory.mktemp("runs")
-    began = time.time()
-    result = shell(*TINY, "--stage", "all", "--runs", str(folder))
-    assert result.returncode == 0, result.stderr[-3000:]
-    (folder / "seconds").write_text(str(time.time() - began))
-    return folder
-
-
-def fast(done, *flags):
-    """diwa.main in this process, on the finished run."""
-    return diwa.main([*TINY, "--runs", str(done), *flags])
-
-
-def copy_run(done, tmp_path, *drop):
-    """A run folder of its own, results linked or copied, without the named ones."""
-    import shutil
-    shutil.copytree(done / "smoke", tmp_path / "smoke", ignore=shutil.ignore_patterns(*drop))
-    return tmp_path
-
 
 def test_everything_is_there(done):
     """What the README promises to find afterwards."""
@@ -70,15 +35,15 @@ def test_everything_is_there(done):
         assert part in text
     evaluation = json.loads((done / "smoke" / f"eval_{task}.json").read_text())
     seeds = [[r["seed"] for r in evaluation["results"][p]] for p in ("bc", "tuned")]
-    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 8, "before and after start from the same states"
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 4, "before and after start from the same states"
 
 
-def test_second_run_skips_everything(done, capsys):
-    assert fast(done, "--stage", "all") == 0
+def test_second_run_skips_everything(done, capsys, no_pictures):
+    assert main(done, "--stage", "all") == 0
     assert capsys.readouterr().out.count("skipped") == len(runs.STAGES)
 
 
-def test_run_remembers_its_settings(done):
+def test_run_remembers_its_settings(done, no_pictures):
     """Without --preset the run's own config.json counts, so a later command does not silently change the
     settings."""
     flags = ["--run", "smoke", "--runs", str(done), "--device", "cpu", "--task", "close_drawer"]
@@ -106,7 +71,7 @@ def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
 
     monkeypatch.setattr(diwa.WorldModel, "watch_and_dream", numbered)
     monkeypatch.setattr(diwa, "classifier_loss", watched)
-    assert fast(folder, "--stage", "reward", "--reward_updates", "9", "--reward_labels", "predicate") == 0
+    assert main(folder, "--stage", "reward", "--reward_updates", "9", "--reward_labels", "predicate") == 0
     apart = []
     for first, frame, label in pairs:
         assert first // 1_000_000 == frame // 1_000_000
@@ -121,7 +86,7 @@ def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
 
 def test_changed_setting_is_named(done, capsys):
     """A stage refuses an input of other settings, and says which setting differs and what to type."""
-    assert fast(done, "--stage", "finetune", "--wm_h", "32") == 2
+    assert main(done, "--stage", "finetune", "--wm_h", "32") == 2
     message = capsys.readouterr().err
     assert "wm_h=64" in message and "wm_h=32" in message and "--stage wm" in message
 
@@ -137,57 +102,76 @@ def test_offline_stages_step_no_simulator(done, tmp_path, monkeypatch):
     for module in (runs, evaluate, record):
         monkeypatch.setattr(module, "in_processes", forbidden)
     for stage in ("wm", "bc", "reward", "finetune"):
-        assert fast(folder, "--stage", stage, *SHORT) == 0
+        assert main(folder, "--stage", stage) == 0
     assert (folder / "smoke" / "finetune_close_drawer.pt").exists()
 
 
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import diwa
+from support import record, runs
+
+save = runs.save
+in_processes = runs.in_processes
+
+def save_and_die(path, content):
+    save(path, content)
+    if path.name.endswith(".partial.pt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def two_results_and_die(*args):
+    for i, result in enumerate(in_processes(*args)):
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield result
+
+runs.save = save_and_die
+record.in_processes = two_results_and_die
+runs.SAVE_EVERY = 0
+diwa.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize("stage", ["wm", "finetune"])
-def test_killed_run_ends_as_if_nothing_had_happened(done, tmp_path, stage):
+def test_killed_run_ends_as_if_nothing_had_happened(done, tmp_path, monkeypatch, capsys, stage):
     """kill -9 in the middle, the same command again: bit-identical weights."""
     name = "wm.pt" if stage == "wm" else "finetune_close_drawer.pt"
     folder = copy_run(done, tmp_path, name)
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diwa; from support import runs; "
-            "runs.SAVE_EVERY = 0; sys.exit(diwa.main(sys.argv[1:]))")
-    command = [sys.executable, "-c", code, *TINY, "--runs", str(folder), "--stage", stage]
     partial = folder / "smoke" / name.replace(".pt", ".partial.pt")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not partial.exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = shell(*TINY, "--runs", folder, "--stage", stage, code=KILLED)
+    assert killed.returncode == -signal.SIGKILL
     assert partial.exists() and not (folder / "smoke" / name).exists(), "killed in the middle"
     # components fitted anew may have other signs: it must keep those it has
-    command[2] = command[2].replace("sys.exit", "diwa.LinearCodec.fit = None; sys.exit")
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and "resumes at" in again.stdout
+    monkeypatch.setattr(diwa.LinearCodec, "fit", None)
+    assert main(folder, "--stage", stage) == 0
+    assert "resumes at" in capsys.readouterr().out
     key = "model" if stage == "wm" else "actor"
     a, b = (torch.load(f / "smoke" / name, weights_only=True)[key] for f in (done, folder))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not partial.exists()
 
 
-def test_killed_recording_resumes(tmp_path):
+def test_killed_recording_resumes(done, tmp_path):
     """Episodes that were recorded before the kill are kept, and the dataset is the same."""
-    flags = [*TINY, "--stage", "demos", "--demo_count", "6", "--runs"]
-    command = [sys.executable, str(ROOT / "diwa.py"), *flags, str(tmp_path / "a")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    parts = tmp_path / "a" / "smoke" / "demos_close_drawer.parts"
-    while (not parts.exists() or len(list(parts.glob("[!.]*.npz"))) < 2) and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    kept = {p: p.stat().st_mtime for p in parts.glob("[!.]*.npz")} if parts.exists() else {}
-    assert kept
-    for name in ("a", "b"):
-        assert shell(*flags, str(tmp_path / name)).returncode == 0
-    a, b = (runs.Dataset(tmp_path / n / "smoke" / "demos_close_drawer") for n in ("a", "b"))
-    keys = "rgb_static", "rgb_gripper", "robot_obs", "scene_obs", "rel_actions"
-    assert all((a[k] == b[k]).all() for k in keys)
+    killed = shell(*TINY, "--runs", tmp_path, "--stage", "demos", code=KILLED)
+    assert killed.returncode == -signal.SIGKILL
+    parts = tmp_path / "smoke" / "demos_close_drawer.parts"
+    kept = [path.name for path in parts.glob("[!.]*.npz")]
+    assert len(kept) >= 2
+    for part in kept:                                       # frames that only a resumed run can have
+        frames = dict(np.load(parts / part))
+        frames["robot_obs"][0, 0] += 1
+        data.save_part(parts / part, frames)
+    assert main(tmp_path, "--stage", "demos") == 0
+    a, b = (runs.Dataset(f / "smoke" / "demos_close_drawer") for f in (done, tmp_path))
+    assert all((a[k] == b[k]).all() for k in ("rgb_static", "rgb_gripper", "scene_obs", "rel_actions"))
+    assert ((a["robot_obs"] != b["robot_obs"]).sum() == len(kept))
 
 
 def test_nan_names_stage_step_and_term(done, tmp_path, capsys):
     folder = copy_run(done, tmp_path, "wm.pt")
-    assert fast(folder, "--stage", "wm", "--wm_lr", "1e30") == 2
+    assert main(folder, "--stage", "wm", "--wm_lr", "1e30") == 2
     message = capsys.readouterr().err
     assert "stage wm" in message and "steps 1 and 20" in message and "the term '" in message
     assert not (folder / "smoke" / "wm.pt").exists()
@@ -197,7 +181,7 @@ def test_truncated_checkpoint(done, tmp_path, capsys):
     folder = copy_run(done, tmp_path)
     path = folder / "smoke" / "wm.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    assert fast(folder, "--stage", "bc", "--bc_updates", "7") == 2
+    assert main(folder, "--stage", "bc", "--bc_updates", "7") == 2
     assert "wm.pt is damaged" in capsys.readouterr().err
 
 
@@ -212,7 +196,7 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
             return os.system, (f"touch {witness}",)
 
     (folder / "smoke" / "wm.pt").write_bytes(pickle.dumps(Evil()))
-    assert fast(folder, "--stage", "bc", "--bc_updates", "7") == 2
+    assert main(folder, "--stage", "bc", "--bc_updates", "7") == 2
     assert not witness.exists()
 
 
@@ -237,13 +221,13 @@ def test_bad_input_is_one_sentence(done, capsys, flags, words):
 def test_interrupt_keeps_the_work(done, tmp_path):
     """Ctrl-C: a sentence and exit code 130."""
     folder = copy_run(done, tmp_path, "wm.pt")
-    command = [sys.executable, str(ROOT / "diwa.py"), *TINY, "--runs", str(folder)]
-    command += ["--stage", "wm", "--wm_updates", "100000"]
+    words = command(*TINY, "--runs", folder, "--stage", "wm", "--wm_updates", "100000")
+
     def listen():                                           # a test that runs in the background is deaf to it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, preexec_fn=listen, **pipes)
+    process = subprocess.Popen(words, preexec_fn=listen, **pipes)
     for line in process.stdout:
         if "100,000" in line:
             break
@@ -284,7 +268,6 @@ def test_help_lists_every_setting(capsys):
 
 def test_online_rival_runs(done):
     """SimEnv has DreamEnv's interface, so DPPO online is the same code."""
-    import numpy as np
     from support.evaluate import SimEnv
     cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
     agent = diwa.load_agent(cfg, "bc")
@@ -299,10 +282,10 @@ def test_online_rival_runs(done):
     assert np.all(env.age == 0)
 
 
-def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path):
+def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path, no_pictures):
     """finetune(SimEnv): its steps are counted, resumed, and named by report and row; a dream's are none."""
     folder = copy_run(done, tmp_path, "finetune_*", "eval_*", "result_*")
-    flags = [*TINY, "--ft_chunks", "2", "--ft_iterations", "2", "--runs", str(folder)]
+    flags = [*TINY, "--ft_chunks", "2", "--runs", str(folder)]
     cfg = runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
     agent = diwa.load_agent(cfg, "bc")
     env = evaluate.SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
@@ -323,7 +306,6 @@ def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path):
 
 def test_a_finished_policy_is_deployed_by_its_run(done):
     """diwa.deploy: what a robot runs, by the run's name alone; its net is the tuned one."""
-    import numpy as np
     agent = diwa.deploy("--run", "smoke", "--runs", str(done), "--task", "close_drawer", "--device", "cpu")
     tuned = torch.load(done / "smoke" / "finetune_close_drawer.pt", weights_only=True)["actor"]
     assert all(torch.equal(value, tuned[name]) for name, value in agent.actor.state_dict().items())
@@ -358,7 +340,6 @@ class Staring:
 
 def test_unseen_frames_are_not_missed(done):
     """Pictures that no filter takes in are not drawn: nothing else of evaluation and online rival changes."""
-    import numpy as np
     cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
     agent = diwa.load_agent(cfg, "bc")
     sims = [calvin_sim.Tabletop(64) for _ in range(3)]
@@ -414,29 +395,28 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(monkeypatch):
 def recording(done, tmp_path_factory):
     """What a user with a recording of their own has: play in a few long episodes, some spans of which carry
     a task's name."""
-    import numpy as np
-    from data import Dataset, pack, save_part
-    folder = tmp_path_factory.mktemp("data")
-    play = Dataset(done / "smoke" / "play")
-    demos = Dataset(done / "smoke" / "demos_close_drawer")
-    parts = [folder / f"{i}.npz" for i in range(4)]
-    spans = []
-    for i, part in enumerate(parts):
-        frames = {}
-        for key in data.FIELDS:
-            shown = [demos[key][a:b + 1] for _, a, b in demos.segments[i::4]]
-            frames[key] = np.concatenate([play[key][500 * i:500 * i + 500], *shown])
-        save_part(part, frames)
-        spans.append(("close_drawer", 500, 500 + demos.segments[i][2] - demos.segments[i][1]))
-    pack(parts, folder / "packed", dict(source="a robot", renderer="a camera"), spans)
-    return folder / "packed"
+    def make(folder):
+        play = data.Dataset(done / "smoke" / "play")
+        demos = data.Dataset(done / "smoke" / "demos_close_drawer")
+        parts = [folder / f"{i}.npz" for i in range(4)]
+        spans = []
+        for i, part in enumerate(parts):
+            frames = {}
+            for key in data.FIELDS:
+                shown = [demos[key][a:b + 1] for _, a, b in demos.segments[i::4]]
+                frames[key] = np.concatenate([play[key][250 * i:250 * i + 250], *shown])
+            data.save_part(part, frames)
+            spans.append(("close_drawer", 250, 250 + demos.segments[i][2] - demos.segments[i][1]))
+        data.pack(parts, folder / "packed", dict(source="a robot", renderer="a camera"), spans)
+
+    return made_once(tmp_path_factory, "recording", make) / "packed"
 
 
-def test_a_recording_alone_is_enough(recording, tmp_path, capsys):
+def test_a_recording_alone_is_enough(recording, tmp_path, capsys, no_pictures):
     """--sim none: every stage but the simulator's, ending in dream success; and then, on the same results, an
     evaluation in a simulator."""
-    flags = [*TINY, *SHORT, "--runs", str(tmp_path), "--data", str(recording), "--eval_episodes", "4"]
-    assert diwa.main([*flags, "--stage", "all", "--sim", "none"]) == 0
+    flags = ["--data", str(recording), "--play_replay", "2"]
+    assert main(tmp_path, *flags, "--sim", "none") == 0
     folder = tmp_path / "smoke"
     text = (folder / "report.md").read_text()
     evaluation = json.loads((folder / "eval_close_drawer.json").read_text())
@@ -457,7 +437,7 @@ def test_a_recording_alone_is_enough(recording, tmp_path, capsys):
     assert (last - first).max() < 200 and first[1:].tolist() == (last[:-1] + 1).tolist()
     assert len(demos.segments) == 4 and demos.meta["renderer"] == "a camera"
     capsys.readouterr()
-    assert diwa.main([*flags, "--stage", "all", "--sim", "tabletop", "--eval_curve", "2"]) == 0
+    assert main(tmp_path, *flags, "--sim", "tabletop", "--eval_curve", "0") == 0
     out = capsys.readouterr().out
     assert out.count("skipped") == len(runs.STAGES) - 1, "only the evaluation depends on the simulator"
     assert "warning" in out and "a camera" in out, "other pictures than those it was trained on"
@@ -480,7 +460,6 @@ def test_wrong_data_is_one_sentence(recording, tmp_path, capsys, flags, words):
 
 def test_dreams_start_in_no_held_out_frame(done, monkeypatch):
     """The trust table calls held-out play unseen: fine-tuning may not begin its dreams there."""
-    import numpy as np
     cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
     used = []
     batch = diwa.Recording.batch
@@ -495,7 +474,7 @@ def test_dreams_start_in_no_held_out_frame(done, monkeypatch):
     train, held_out = runs.load(cfg, "play").split()
     assert all(any(a <= f <= b for a, b in train) for f in frames)
     assert not any(a <= f <= b for f in frames for a, b in held_out)
-    assert len(embedding) > 100 and len(frames) > 500
+    assert len(embedding) > 100 and len(frames) > 400
 
 
 def test_one_policy_alone(done, tmp_path, capsys):
@@ -503,22 +482,22 @@ def test_one_policy_alone(done, tmp_path, capsys):
     folder = copy_run(done, tmp_path)
     before = (folder / "smoke" / "eval_close_drawer.json").read_bytes()
     config = json.loads((folder / "smoke" / "config.json").read_text())["settings"]
-    for policy in ("bc", "3"):
-        assert fast(folder, "--stage", "eval", "--policy", policy) == 0
+    for policy in ("bc", "2"):
+        assert main(folder, "--stage", "eval", "--policy", policy) == 0
         result = folder / "smoke" / f"eval_close_drawer_{policy}.json"
         rows = json.loads(result.read_text())["results"][policy]
         reported = json.loads(before)["results"]["bc" if policy == "bc" else "tuned"]
-        assert [r["success"] for r in rows] == [r["success"] for r in reported] and len(rows) == 8
+        assert [r["success"] for r in rows] == [r["success"] for r in reported] and len(rows) == 4
     assert (folder / "smoke" / "eval_close_drawer.json").read_bytes() == before
     assert "in the dream" in capsys.readouterr().out
     settings = json.loads((folder / "smoke" / "config.json").read_text())["settings"]
-    assert settings["policy"] in ("", "3") and not config["policy"]
+    assert settings["policy"] in ("", "2") and not config["policy"]
     refused = [
         (["--policy", "bc"], "--stage eval"),
         (["--stage", "eval", "--policy", "best"], "bc, tuned"),
         (["--stage", "eval", "--policy", "7"], "no snapshot 7"),
     ]
     for flags, words in refused:
-        assert fast(folder, *flags) == 2
+        assert main(folder, *flags) == 2
         error = capsys.readouterr().err
         assert words in error and len(error.strip().splitlines()) == 1
