@@ -59,21 +59,20 @@ def names_of(node):
 
 def checksum(node):
     """Of what a statement does: its syntax tree without docstrings; comments and layout are not in it."""
-    node = ast.parse(ast.unparse(node))                     # a copy
-    for part in ast.walk(node):
-        if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part) is not None:
-            part.body = part.body[1:] or [ast.Pass()]
-    return hashlib.sha256(repr(plain(node)).encode()).hexdigest()[:10]
+    return hashlib.sha256(repr(("Module", ("body", (plain(node),)))).encode()).hexdigest()[:10]
 
 
 def plain(node):
-    """A syntax tree as nested tuples, without what is empty: newer Pythons add empty fields to it."""
+    """A syntax tree as nested tuples, without docstrings and without what is empty: newer Pythons add empty
+    fields to it."""
     if isinstance(node, list):
         return tuple(plain(part) for part in node)
     if not isinstance(node, ast.AST):
         return node
-    fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
-    return (type(node).__name__, *((name, plain(value)) for name, value in fields))
+    fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+        fields["body"] = node.body[1:] or [ast.Pass()]
+    return (type(node).__name__, *((name, plain(value)) for name, value in fields.items()))
 
 
 def mentions(node, known):
