@@ -1142,7 +1142,7 @@ def dream_starts(cfg, wm):
     return [torch.cat([a, b[alike]]) for a, b in zip(near, every)]
 
 def finetune(cfg, env, actor):
-    """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO, see support/evaluate.py)."""
+    """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO, see support/online.py)."""
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
     scaler = RewardScaler().to(cfg.device)
     actor_optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr)

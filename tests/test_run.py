@@ -18,7 +18,7 @@ import calvin_sim
 import data
 import diwa
 from conftest import TINY, command, copy_run, made_once, main, shell
-from support import evaluate, record, report, runs
+from support import evaluate, online, record, report, runs
 
 def test_everything_is_there(done):
     """What the README promises to find afterwards."""
@@ -268,11 +268,10 @@ def test_help_lists_every_setting(capsys):
 
 def test_online_rival_runs(done):
     """SimEnv has DreamEnv's interface, so DPPO online is the same code."""
-    from support.evaluate import SimEnv
     cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
     agent = diwa.load_agent(cfg, "bc")
     actor = agent.actor
-    env = SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    env = online.SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
     feature = env.reset()
     env.age[:] = env.horizon - 1
     following, reward, terminated, truncated, final = env.step(actor.sample_chain(feature)[:, -1])
@@ -288,7 +287,7 @@ def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path, no_pictures
     flags = [*TINY, "--ft_chunks", "2", "--runs", str(folder)]
     cfg = runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
     agent = diwa.load_agent(cfg, "bc")
-    env = evaluate.SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    env = online.SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
     env.load_state_dict(dict(simulator_steps=1000))         # as if it had been killed after 1,000
     diwa.finetune(cfg, env, agent.actor.train())
     for sim in env.sims:
@@ -347,7 +346,7 @@ def test_unseen_frames_are_not_missed(done):
     for used in (sims, [Staring(sim) for sim in sims]):
         runs.seed_everything("test", 0)
         episodes = evaluate.run_episodes(cfg, agent, used, [7000, 7001, 7002])
-        env = evaluate.SimEnv(cfg, agent, used, seed=0)
+        env = online.SimEnv(cfg, agent, used, seed=0)
         rows = []
         feature = env.reset()
         for k in range(6):
