@@ -46,7 +46,7 @@ import torch.nn.functional as F
 
 from calvin_sim import advance_target
 from data import Recording, action_chunks, decode_pose, encode_command, encode_proprio, window_starts
-from support import evaluate, report
+from support import evaluate, online, report
 from support.files import InputError
 from support.linear import LinearCodec, likeness
 from support.presets import PRESETS
@@ -144,6 +144,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
     ft_value: float = 0.5           # weight of the value loss, a mean square (paper: .5, another half inside)
     ft_snapshot: int = 9            # keep the weights every so many iterations, for the learning curve
+    online_steps: int = 500_000     # simulator steps after which the rival of --stage online gives up
     # eval
     eval_episodes: int = 100        # paired start states, before and after (paper: 29-48)
     eval_curve: int = 40            # start states, others, for the learning curve
@@ -160,10 +161,9 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
 #        frame_t ~ decoder(h_t, z_t, c_t)              and the robot's own pose ~ pose_head(h_t, z_t, c_t)
 #
 #    The command c_t is the pose that the arm has been told to reach once a_{t-1} was added to it: the action
-#    says how it moves, the command where to.  One step of the model is wm_stride control steps: a_{t-1} and
-#    c_t are all the actions between two frames and the commands that they led to (the feature and the decoder
-#    take the last command).  Alignment matters: step t consumes what was executed BEFORE frame t.  Every
-#    training sequence starts from the zero state, because that is how each dream and each deployment starts.
+#    says how it moves, the command where to.  A step of the model is wm_stride control steps, with all their
+#    actions and commands (feature and decoder take the last command).  Alignment: step t consumes what was
+#    executed BEFORE frame t.  Training sequences start from the zero state, as dreams and robots do.
 
 def descend(loss, *optimizers, clip=None):
     """One gradient step of each optimizer -> the gradient's norm, where it is clipped."""
@@ -617,8 +617,7 @@ class DiffusionActor(nn.Module):
         return gaussian_logprob(chain[:, 1:], mean, std).mean((-1, -2))                   # [B, K']
 
     def act(self, feature):
-        """feature [B, D] -> the chunk to execute [B, H, A]: DDPM's own noise, none at the last step.
-        (DDIM would do with five steps, but they are deterministic: no density, so nothing for PPO.)"""
+        """feature [B, D] -> the chunk to execute [B, H, A]: DDPM's own noise, none at the last step."""
         return self.sample_chain(feature, explore=False)[:, -1]
 
 class GaussianActor(nn.Module):
@@ -662,10 +661,9 @@ def ema_update(average, net, decay, step):
         a.lerp_(b, 1 - decay)
 
 def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
-    """The moments of every demonstration until just after its success (what follows is another task's
-    beginning), in windows that start every `offsets` frames: an odd number, so that with a stride of 2 even
-    and odd moments take turns.  Each window is run twice, watched and dreamed: the robot's policy sees the
-    former, PPO's the latter, so cloning and the classifier train on both.
+    """The moments of every demonstration until just after its success (another task's beginning follows),
+    in windows that start every `offsets` frames, an odd number, so that even and odd moments take turns.
+    Each is run watched and dreamed: the robot's policy sees the former, PPO's the latter, so both are learnt.
     -> feature, first feature of the same window [P, D], frame numbers [P], start frames [P]"""
     starts = []                                             # first frame, and the last that counts
     for _, a, b in recording.ds.segments:
@@ -1113,16 +1111,16 @@ def stage_reward(cfg):
 def stage_finetune(cfg):
     """DiWA: PPO in the dream.  Reads recordings and checkpoints, steps no simulator."""
     seed_everything(cfg.seed, "finetune", cfg.task, "init")
-    wm, actor, classifier = load_networks(cfg, "bc")
-    env = DreamEnv(cfg, wm, classifier, *dream_starts(cfg, wm), cfg.ft_dreams, cfg.ft_horizon)
-    finetune(cfg, env, actor)
+    agent = load_agent(cfg, "bc")
+    starts = dream_starts(cfg, agent.wm)
+    env = DreamEnv(cfg, agent.wm, agent.classifier, *starts, cfg.ft_dreams, cfg.ft_horizon)
+    finetune(cfg, env, agent.actor)
 
 @torch.no_grad()
 def dream_starts(cfg, wm):
-    """Recorded frames to dream from: the first part of each demonstration, and the play frames most like one.
-    The policy was cloned on those very demonstrations and hardly fails there; play shows the same situations
-    anew, and an arm that has just missed.  Likeness is a ridge regression on embeddings, demonstration
-    against play: no label, no scene state.  -> embedding [M, E], command [M, 7], target [M, 6]"""
+    """Recorded frames to dream from: the first part of each demonstration, and the play frames most like one
+    (ridge regression on embeddings: no label, no scene state).  The policy hardly fails in what it was cloned
+    from; play shows that anew, and arms that missed.  -> embedding [M, E], command [M, 7], target [M, 6]"""
     demos, play = (Recording(cfg, load(cfg, stage)) for stage in ("demos", "play"))
     begin = [np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments]
     def rows(recording, frames):                            # [n, E], [n, 7], [n, 6]
@@ -1141,8 +1139,15 @@ def dream_starts(cfg, wm):
     alike = likeness(near[0], every[0]).topk(max(1, int(cfg.ft_play * len(every[0])))).indices
     return [torch.cat([a, b[alike]]) for a, b in zip(near, every)]
 
-def finetune(cfg, env, actor):
-    """The same PPO for a DreamEnv (DiWA) and a SimEnv (DPPO, see support/online.py)."""
+def stage_online(cfg):
+    """DPPO, the rival: the same PPO in simulators, from the same cloned policy, until it is as good."""
+    seed_everything(cfg.seed, "online", cfg.task, "init")
+    agent = load_agent(cfg, "bc")
+    env = online.SimEnv(cfg, agent, online.simulators(cfg))
+    finetune(cfg, env, agent.actor, "online", online.Rival(cfg, env))
+
+def finetune(cfg, env, actor, stage="finetune", rival=None):
+    """PPO in a DreamEnv (DiWA), or in a SimEnv until it matches DiWA (DPPO, support/online.py)."""
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
     scaler = RewardScaler().to(cfg.device)
     actor_optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr)
@@ -1150,27 +1155,27 @@ def finetune(cfg, env, actor):
     snapshots = Snapshots()
     state = dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots, env=env,
                  actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
-    updates = Updates(cfg, "finetune", cfg.ft_iterations, state, every=1)
+    updates = Updates(cfg, stage, rival.iterations if rival else cfg.ft_iterations, state, every=1)
     for i, _ in updates:
         learning = [critic_optimizer, actor_optimizer][:1 if i < cfg.ft_warmup else 2]
-        updates.log(ppo_iteration(cfg, env, actor, critic, scaler, *learning))
-        if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == cfg.ft_iterations:
+        metrics = ppo_iteration(cfg, env, actor, critic, scaler, *learning)
+        if rival and rival.reached(actor, metrics):
+            updates.total = i + 1
+        updates.log(metrics)
+        if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == updates.total:
             snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
 
-    save_result(cfg, "finetune", actor=actor.state_dict(), snapshots=dict(snapshots),
-                simulator_steps=env.simulator_steps)
+    save_result(cfg, stage, actor=actor.state_dict(), snapshots=dict(snapshots),
+                simulator_steps=env.simulator_steps, **(rival.judged(actor) if rival else {}))
 
-def load_networks(cfg, policy):
-    """World model, actor and classifier; policy: "bc", "tuned" or the iteration of a snapshot."""
+def load_agent(cfg, policy):
+    """World model, actor and classifier; policy: "bc", "tuned", "online" or the iteration of a snapshot."""
     wm = load_world_model(cfg)
     actor = build_actor(cfg, wm.feature_size)
     actor.load_state_dict(policy_weights(cfg, policy))
     classifier = Classifier(cfg, wm.feature_size).to(cfg.device)
     classifier.load_state_dict(load(cfg, "reward")["model"])
-    return wm, actor.eval(), classifier.eval()
-
-def load_agent(cfg, policy):
-    return Agent(cfg, *load_networks(cfg, policy))
+    return Agent(cfg, wm, actor.eval(), classifier.eval())
 
 def deploy(*flags):
     """The tuned agent of a finished run, for a robot: deploy("--run", "tea", "--task", "pour_tea")."""
@@ -1185,7 +1190,7 @@ def stage_report(cfg):
     evaluate.write_report(cfg, load_agent)                  # tables and pictures
 
 STAGE_WORK = dict(play=stage_play, demos=stage_demos, wm=stage_wm, bc=stage_bc, reward=stage_reward,
-                  finetune=stage_finetune, eval=stage_eval, report=stage_report)
+                  finetune=stage_finetune, eval=stage_eval, report=stage_report, online=stage_online)
 
 def main(argv=None):
     """Run a command line -> the exit code: 0, 2 when something given cannot be used, 130 when interrupted."""

@@ -47,7 +47,9 @@ STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a
     "reward": ("reward_", ("wm", "demos"), True),
     "finetune": ("ft_", ("bc", "reward"), True),
     "eval": ("eval_", ("finetune",), True),
+    "online": ("online_", ("eval",), True),
 }
+PIPELINE = [stage for stage in STAGES if stage != "online"]  # what --stage all does, and then the report
 SAVE_EVERY = 30                                             # seconds between partial checkpoints
 # every stage depends on these; with --data only eval on the simulator
 COMMON = ("seed", "sim", "image_size")
@@ -59,13 +61,13 @@ COMMON = ("seed", "sim", "image_size")
 class RunSettings:
     """What a run is called, where it lies and on what it runs; the method's settings are diwa.Config's."""
     # the run
-    stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report; or all
+    stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report; online; or all
     preset: str = "auto"            # cpu, gpu, paper or smoke; auto = gpu where CUDA is, else cpu
     run: str = ""                   # name of the run folder; default: the preset's name
     runs: str = "runs"              # where run folders are kept
     device: str = "auto"            # cpu, cuda or auto
     workers: int = 2                # simulator processes
-    policy: str = ""                # with --stage eval: bc, tuned or a snapshot, tried alone
+    policy: str = ""                # with --stage eval: bc, tuned, online or a snapshot, tried alone
     keep: str = ""                  # stages (comma-separated) to use although their code has changed
     sim: str = "tabletop"           # tabletop, calvin (needs --calvin_root) or none (needs --data)
     calvin_root: str = "calvin_env"  # folder of the cloned calvin_env
@@ -374,9 +376,9 @@ def heldout_recording(cfg, wm):
 
 
 def policy_weights(cfg, policy):
-    """The weights of an actor: of "bc", "tuned" or the iteration of a snapshot."""
-    if policy == "bc":
-        return load(cfg, "bc")["actor"]
+    """The weights of an actor: of "bc", "tuned", "online" or the iteration of a snapshot."""
+    if policy in ("bc", "online"):
+        return load(cfg, policy)["actor"]
     tuned = load(cfg, "finetune")
     if policy == "tuned":
         return tuned["actor"]
@@ -478,24 +480,25 @@ class Updates:
         self.log = self.pending.append
 
     def __iter__(self):
-        cfg, stage, total = self.cfg, self.stage, self.total
+        cfg, stage = self.cfg, self.stage
         key = (cfg.seed, stage, cfg.task if STAGES[stage][2] else "")
         saved = time.time()
         if done := restore(cfg, stage, self.state):
-            print(f"  {stage} resumes at {done:,} of {total:,}")
+            print(f"  {stage} resumes at {done:,} of {self.total:,}")
         write = Log(cfg, stage, done)
-        progress = Progress(stage, total, done)
-        for i in range(done, total):
-            yield i, seed_everything(*key, i)
-            if (i + 1) % self.every and i + 1 < total:
+        progress = Progress(stage, self.total, done)
+        while done < self.total:                            # a loop that has had enough lowers it
+            yield done, seed_everything(*key, done)
+            done += 1
+            if done % self.every and done < self.total:
                 continue
-            metrics = self.mean_of_pending(i + 1)
-            write(i + 1, metrics)
-            progress(i + 1, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
-            if time.time() - saved > SAVE_EVERY and i + 1 < total:
+            metrics = self.mean_of_pending(done)
+            write(done, metrics)
+            progress(done, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
+            if time.time() - saved > SAVE_EVERY and done < self.total:
                 kept = {name: thing for name, thing in self.state.items() if hasattr(thing, "state_dict")}
                 states = {name: thing.state_dict() for name, thing in kept.items()}
-                save(partial_path(cfg, stage), dict(origin=origin(cfg, stage), done=i + 1, state=states))
+                save(partial_path(cfg, stage), dict(origin=origin(cfg, stage), done=done, state=states))
                 saved = time.time()
 
     def mean_of_pending(self, step):
@@ -762,10 +765,14 @@ def check_config(cfg):
     if cfg.policy and (cfg.stage != "eval" or cfg.sim == "none"):
         raise InputError(f"--policy {cfg.policy} is for --stage eval in a simulator: "
                          f"give --stage eval --policy {cfg.policy}")
-    if cfg.policy and cfg.policy not in ("bc", "tuned") and not cfg.policy.isdecimal():
-        raise InputError(f"--policy {cfg.policy} is unknown: give bc, tuned or the iteration of a snapshot")
+    if cfg.policy and cfg.policy not in ("bc", "tuned", "online") and not cfg.policy.isdecimal():
+        raise InputError(f"--policy {cfg.policy} is unknown: give bc, tuned, online or the iteration of a "
+                         "snapshot")
     for stage in filter(None, cfg.keep.split(",")):
         known(stage, STAGES, "keep")
+    if cfg.stage == "online" and (cfg.sim != "tabletop" or not cfg.eval_curve):
+        raise InputError("--stage online practises in many tabletops at once, until it is as good from the "
+                         "start states of the learning curve: give --sim tabletop and --eval_curve 40")
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -913,7 +920,7 @@ def expectation(cfg, tasks):
 def run(cfg, stage_work):
     """The stages of --stage for the tasks of --task, one after the other."""
     definitions()                         # the code as it is now: an editor may change it during the run
-    stages = [*STAGES, "report"] if cfg.stage == "all" else [cfg.stage]
+    stages = [*PIPELINE, "report"] if cfg.stage == "all" else [cfg.stage]
     tasks = tasks_of(cfg) if cfg.task == "all" else [cfg.task]
     if cfg.stage == "all" and (line := expectation(cfg, len(tasks))):
         print(line)

@@ -260,7 +260,7 @@ def test_a_refused_command_changes_no_settings(again, capsys):
     sentence(capsys, "seed=5")
     assert config.read_text() == before
     assert diwa.main(flags) == 0
-    assert capsys.readouterr().out.count("skipped") == len(runs.STAGES)
+    assert capsys.readouterr().out.count("skipped") == len(runs.PIPELINE)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_no_links_and_a_dataset_may_move(recording, tmp_path, monkeypatch, capsy
     (tmp_path / "here").rename(tmp_path / "there")
     capsys.readouterr()
     assert main(tmp_path, "--data", str(tmp_path / "there"), "--sim", "none") == 0
-    assert capsys.readouterr().out.count("skipped") == len(runs.STAGES)
+    assert capsys.readouterr().out.count("skipped") == len(runs.PIPELINE)
     robot = np.load(tmp_path / "there" / "robot_obs.npy")
     robot[7, 0] += 0.001
     np.save(tmp_path / "there" / "robot_obs.npy", robot)
@@ -469,7 +469,7 @@ def test_tasks_at_once_over_one_world_model(again):
     assert set(before) <= set(log)
     for task in tasks:
         assert (again / "smoke" / f"report_{task}.md").exists()
-        stages = [stage for stage, (_, _, per_task) in runs.STAGES.items() if per_task]
+        stages = [stage for stage in runs.PIPELINE if runs.STAGES[stage][2]]
         assert all(any(line.startswith(f"{stage},{task},0,minutes,") for line in log) for stage in stages)
 
 

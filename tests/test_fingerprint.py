@@ -17,16 +17,18 @@ import diwa
 from conftest import TINY, command, copy_run, main
 from support import evaluate, fingerprint, runs
 
-ALL = set(runs.STAGES)
-LEARNT = {"wm", "bc", "reward", "finetune", "eval"}
+ALL = set(runs.PIPELINE)
+LEARNT = {"wm", "bc", "reward", "finetune", "eval", "online"}
 CHANGES = [  # file, line of it, what it becomes, stages whose own code that changes
-    ("diwa.py", "trace = delta + gamma * lam * trace", "trace = delta + lam * trace", {"finetune"}),
+    ("diwa.py", "trace = delta + gamma * lam * trace", "trace = delta + lam * trace",
+     {"finetune", "online"}),
     ("diwa.py", "angle = position * 2 ** (k + 2)", "angle = position * 2 ** (k + 1)", LEARNT),
     ("diwa.py", "similarity = z @ z.T / tau", "similarity = z @ z.T * tau", {"reward"}),
     ("calvin_sim.py", "self.command = 1.0 if action[6] >= 0 else -1.0",
-     "self.command = 1.0 if action[6] > 0 else -1.0", {"play", "demos", "eval"}),
+     "self.command = 1.0 if action[6] > 0 else -1.0", {"play", "demos", "eval", "online"}),
     ("data.py", "POSE_SCALE = torch.tensor([0.1,", "POSE_SCALE = torch.tensor([0.2,", LEARNT),
     ("support/expert.py", "self.pace = min(", "self.pace = max(", {"play", "demos"}),
+    ("support/online.py", "(self.age >= self.horizon)", "(self.age > self.horizon)", {"online"}),
     ("support/evaluate.py", "if not solved[i] and", "if solved[i] and", {"eval"}),
     ("diwa.py", "delta = reward[t] + gamma", "# what was not expected\n        delta = (reward[t]) + gamma",
      set()),
@@ -87,7 +89,7 @@ def test_exactly_the_stages_that_reach_a_line_see_it_change(tmp_path):
     plain = codes[str(folders[-1])]
     assert all(len(names) > 20 for names in plain.values())
     for folder, (file, old, _, stages) in zip(folders, CHANGES):
-        assert {s for s in ALL if codes[str(folder)][s] != plain[s]} == stages, (file, old)
+        assert {s for s in runs.STAGES if codes[str(folder)][s] != plain[s]} == stages, (file, old)
 
 
 @pytest.fixture
@@ -112,21 +114,21 @@ def test_a_changed_line_is_done_again_and_a_comment_is_not(program, capsys):
     assert call("--stage", "eval") == 2
     refused = capsys.readouterr().err
     assert "diwa.gae" in refused and "--keep finetune" in refused
-    for stage in runs.STAGES:
+    for stage in runs.PIPELINE:
         assert call("--keep", "finetune", "--stage", stage) == 0
     assert capsys.readouterr().out.count("skipped") == len(ALL)
     words = command(*TINY, "--runs", folder, "--stage", "finetune")[2:]
     again = subprocess.run([sys.executable, folder / "diwa.py", *words], capture_output=True, text=True)
     assert again.returncode == 0 and "last time" in again.stdout, "the changed program itself"
     assert "finetune: the code of diwa.gae has changed; it is done again" in again.stdout
-    for stage in runs.STAGES:
+    for stage in runs.PIPELINE:
         assert call("--stage", stage) == 0
     after = capsys.readouterr().out
     assert after.count("skipped") == len(ALL) - 1
     assert "eval: finetune has been made anew" in after
     edit(folder, "diwa.py",
          "        trace = delta + 1.0 *", "        # as before\n        trace = delta + 1.0 *")
-    for stage in runs.STAGES:
+    for stage in runs.PIPELINE:
         assert call("--stage", stage) == 0
     assert capsys.readouterr().out.count("skipped") == len(ALL)
 

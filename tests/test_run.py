@@ -18,7 +18,7 @@ import calvin_sim
 import data
 import diwa
 from conftest import TINY, command, copy_run, made_once, main, shell
-from support import evaluate, online, record, report, runs
+from support import evaluate, interactions, online, record, report, runs
 
 def test_everything_is_there(done):
     """What the README promises to find afterwards."""
@@ -40,7 +40,7 @@ def test_everything_is_there(done):
 
 def test_second_run_skips_everything(done, capsys, no_pictures):
     assert main(done, "--stage", "all") == 0
-    assert capsys.readouterr().out.count("skipped") == len(runs.STAGES)
+    assert capsys.readouterr().out.count("skipped") == len(runs.PIPELINE)
 
 
 def test_run_remembers_its_settings(done, no_pictures):
@@ -252,7 +252,7 @@ def test_all_tasks_share_play_and_world_model(done, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(runs, "run_stage", stage)
     monkeypatch.setitem(diwa.STAGE_WORK, "report", written)
     assert diwa.main([*TINY, "--runs", str(tmp_path), "--task", "all"]) == 0
-    assert asked == [(task, name) for task in calvin_sim.TASKS for name in runs.STAGES]
+    assert asked == [(task, name) for task in calvin_sim.TASKS for name in runs.PIPELINE]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table][2:-1] == list(report.PAPER)
 
@@ -268,10 +268,11 @@ def test_help_lists_every_setting(capsys):
 
 def test_online_rival_runs(done):
     """SimEnv has DreamEnv's interface, so DPPO online is the same code."""
-    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    cfg = config(done, "--ft_dreams", "2")
     agent = diwa.load_agent(cfg, "bc")
     actor = agent.actor
-    env = online.SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    arms = online.Arms(cfg, [calvin_sim.Tabletop(64) for _ in range(2)])
+    env = online.SimEnv(cfg, agent, [arms])
     feature = env.reset()
     env.age[:] = env.horizon - 1
     following, reward, terminated, truncated, final = env.step(actor.sample_chain(feature)[:, -1])
@@ -281,22 +282,103 @@ def test_online_rival_runs(done):
     assert np.all(env.age == 0)
 
 
+def config(done, *flags):
+    flags = [*TINY, "--runs", str(done), *flags]
+    return runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
+
+
+def test_arms_may_be_grouped_in_any_way(done):
+    """Starts and noise are drawn in one place, so two groups, or processes, do what one does."""
+    cfg = config(done, "--ft_dreams", "3")
+    agent = diwa.load_agent(cfg, "bc")
+    sims = [calvin_sim.Tabletop(64) for _ in range(3)]
+    elsewhere = [online.ArmsElsewhere(cfg, 2), online.ArmsElsewhere(cfg, 1)]
+    ways = [[online.Arms(cfg, sims)], [online.Arms(cfg, sims[:2]), online.Arms(cfg, sims[2:])], elsewhere]
+    results = []
+    for groups in ways:
+        runs.seed_everything("test", 0)
+        env = online.SimEnv(cfg, agent, groups)
+        env.horizon = 2                                     # so that they begin anew, too
+        rows = [[env.reset()]]
+        for _ in range(3):
+            rows.append(env.step(agent.actor.sample_chain(rows[-1][0])[:, -1]))
+        rows.append([env.successes(agent.actor, [7000, 7001, 7002, 7003])])
+        assert len(rows[-1][0]) == 4, "more seeds than arms"
+        results.append([value for row in rows for value in row])
+        assert env.simulator_steps == 3 * 3 * 4 and env.horizon == 2, "what judges is not counted"
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    for sim in sims:
+        sim.close()
+    for group in elsewhere:
+        group.pool.shutdown()
+
+
+def test_the_online_rival_counts_its_steps(done, tmp_path, monkeypatch, capsys):
+    """--stage online: it stops when it is as good as the policy tuned in the dream, or at its budget."""
+    folder = copy_run(done, tmp_path)
+    rate = iter([0.1, 0.4, 0.6, 0.9])
+    monkeypatch.setattr(online.Rival, "reached", watched(online.Rival.reached, rate))
+    evaluation = folder / "smoke" / "eval_close_drawer.json"
+    content = json.loads(evaluation.read_text())
+    evaluation.write_text(json.dumps(dict(content, curve={"0": 0.1, "2": 0.5})))
+    flags = ["--stage", "online", "--ft_dreams", "4", "--online_steps", "100000"]
+    assert main(folder, *flags) == 2
+    assert "ft_dreams" in capsys.readouterr().err, "it practises as the dream did, and is compared with that"
+    flags = ["--stage", "online", "--online_steps", "100000"]
+    assert main(folder, *flags) == 0
+    row = json.loads((folder / "smoke" / "online_close_drawer.json").read_text())
+    assert row["matched"] and row["target"] == 0.5 and row["curve"] == pytest.approx([0.1, 0.1, 0.4, 0.6])
+    assert row["steps"][0] == 0 and 0 < row["steps"][1] <= 16 * 18 * 4 and len(row["steps"]) == 4
+    assert [len(x) for x in row["success"].values()] == [4, 4, 4]
+    assert row["recorded"]["play"] == 1000
+    out = capsys.readouterr().out
+    assert f"| {row['steps'][-1]:,} | 345,600 | 1,000;" in out
+    assert torch.load(folder / "smoke" / "online_close_drawer.pt", weights_only=True)["simulator_steps"] \
+        == row["steps"][-1]
+    assert main(folder, *flags) == 0 and "skipped" in capsys.readouterr().out
+    monkeypatch.setattr(online.Rival, "reached", watched(REACHED, iter([0.1] * 9)))
+    assert main(folder, "--stage", "online", "--online_steps", "1200") == 0
+    assert "not in" in capsys.readouterr().out
+    picture = tmp_path / "figure.png"
+    path = str(folder / "smoke" / "online_close_drawer.json")
+    assert interactions.main([path, "--out", str(picture)]) == 0 and picture.stat().st_size > 1000
+    assert main(folder, "--stage", "eval", "--policy", "online", "--online_steps", "1200") == 0
+    assert interactions.main([str(tmp_path / "none.json")]) == 2
+    assert main(folder, "--stage", "online", "--eval_curve", "0") == 2
+    assert "--eval_curve 40" in capsys.readouterr().err
+
+
+REACHED = online.Rival.reached
+
+
+def watched(reached, rates):
+    """Rival.reached, in whose simulators policies succeed as often as said."""
+    def told(rival, actor, metrics):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rival.env, "successes", lambda *a: torch.tensor([next(rates)]))
+            return reached(rival, actor, metrics)
+
+    return told
+
+
 def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path, no_pictures):
     """finetune(SimEnv): its steps are counted, resumed, and named by report and row; a dream's are none."""
     folder = copy_run(done, tmp_path, "finetune_*", "eval_*", "result_*")
-    flags = [*TINY, "--ft_chunks", "2", "--runs", str(folder)]
-    cfg = runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
+    flags = ["--ft_chunks", "2", "--ft_dreams", "2", "--ft_minibatches", "2"]
+    cfg = config(folder, *flags)
     agent = diwa.load_agent(cfg, "bc")
-    env = online.SimEnv(cfg, agent, [calvin_sim.Tabletop(64) for _ in range(2)], seed=0)
+    sims = [calvin_sim.Tabletop(64) for _ in range(2)]
+    env = online.SimEnv(cfg, agent, [online.Arms(cfg, sims)])
     env.load_state_dict(dict(simulator_steps=1000))         # as if it had been killed after 1,000
     diwa.finetune(cfg, env, agent.actor.train())
-    for sim in env.sims:
+    for sim in sims:
         sim.close()
     steps = env.simulator_steps
     assert 1000 + 2 * 2 * 2 < steps <= 1000 + 2 * 2 * 2 * 4, ("iterations x chunks x arms x steps, but for "
                                                               "early ends")
-    assert diwa.main([*flags, "--stage", "eval"]) == 0
-    assert diwa.main([*flags, "--stage", "report"]) == 0
+    assert main(folder, *flags, "--stage", "eval") == 0
+    assert main(folder, *flags, "--stage", "report") == 0
     text = (folder / "smoke" / "report.md").read_text()
     assert f"fine-tuned in the simulator, {steps:,} steps" in text and "No simulator step" not in text
     row = json.loads((folder / "smoke" / "result_close_drawer.json").read_text())
@@ -339,20 +421,21 @@ class Staring:
 
 def test_unseen_frames_are_not_missed(done):
     """Pictures that no filter takes in are not drawn: nothing else of evaluation and online rival changes."""
-    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    cfg = config(done, "--ft_dreams", "3")
     agent = diwa.load_agent(cfg, "bc")
     sims = [calvin_sim.Tabletop(64) for _ in range(3)]
     results = []
     for used in (sims, [Staring(sim) for sim in sims]):
         runs.seed_everything("test", 0)
         episodes = evaluate.run_episodes(cfg, agent, used, [7000, 7001, 7002])
-        env = online.SimEnv(cfg, agent, used, seed=0)
+        arms = online.Arms(cfg, used)
+        env = online.SimEnv(cfg, agent, [arms])
         rows = []
         feature = env.reset()
         for k in range(6):
             chunk = agent.actor.sample_chain(feature)[:, -1]
             if k == 3:                                      # one arm is done in the middle of a chunk
-                env.start[1] = np.where(np.arange(24) == calvin_sim.DRAWER, 1.0, env.start[1])
+                arms.first[1] = np.where(np.arange(24) == calvin_sim.DRAWER, 1.0, arms.first[1])
             feature, reward, terminated, truncated, final = env.step(chunk)
             rows.append([feature, reward, terminated, truncated, final * ~terminated[:, None]])
         assert rows[3][2].tolist() == [False, True, False]
@@ -438,7 +521,7 @@ def test_a_recording_alone_is_enough(recording, tmp_path, capsys, no_pictures):
     capsys.readouterr()
     assert main(tmp_path, *flags, "--sim", "tabletop", "--eval_curve", "0") == 0
     out = capsys.readouterr().out
-    assert out.count("skipped") == len(runs.STAGES) - 1, "only the evaluation depends on the simulator"
+    assert out.count("skipped") == len(runs.PIPELINE) - 1, "only the evaluation depends on the simulator"
     assert "warning" in out and "a camera" in out, "other pictures than those it was trained on"
 
 
