@@ -839,26 +839,21 @@ class RewardScaler(nn.Module):
     Advantages are normalised anyway: it keeps the critic's targets near one."""
     def __init__(self):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("var", torch.ones(()))
-        self.register_buffer("count", torch.tensor(1e-4))
+        # How many sums it has seen, their total and that of their squares; at first as if of std 1
+        self.register_buffer("seen", torch.tensor([1e-4, 0.0, 1e-4], dtype=torch.float64))
 
     def forward(self, reward, over, gamma):
         """reward [T, B] of dreams from their start, over [T, B]: it ended there -> scaled reward [T, B]"""
-        returns = []
+        sums = []
         so_far = torch.zeros_like(reward[0])
         for r, end in zip(reward, over):
-            returns.append(so_far + r)
-            so_far = gamma * returns[-1] * ~end
-        x = torch.stack(returns)
-        delta = x.mean() - self.mean
-        n = x.numel()
-        total = self.count + n
-        spread = self.var * self.count + x.var(correction=0) * n + delta ** 2 * self.count * n / total
-        self.mean = self.mean + delta * n / total
-        self.var = spread / total
-        self.count = total
-        return (reward / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+            sums.append(so_far + r)
+            so_far = gamma * sums[-1] * ~end
+        x = torch.stack(sums).double()
+        self.seen = self.seen + torch.stack([torch.ones_like(x), x, x ** 2]).sum((1, 2))
+        n, total, squares = self.seen
+        std = (squares / n - (total / n) ** 2 + 1e-8).sqrt().float()
+        return (reward / std).clamp(-10, 10)
 
 @torch.no_grad()
 def dream_rollout(cfg, env, actor, critic):
