@@ -261,6 +261,7 @@ def area_resize(image, size):
 HOME_POSE = torch.tensor([0.03, -0.23, 0.55, math.pi, 0.0, math.pi / 2])  # m, rad: the tool points down
 HOME_JOINTS = torch.tensor([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])
 POSE_SCALE = torch.tensor([0.1, 0.1, 0.1, 0.3, 0.3, 0.3])
+STATE_SCALE = torch.tensor([0.15, 0.1, 0.02, 0.05, 0.5, 0.5])           # what moves or shines: m, or 0/1
 
 
 def wrap(angle):
@@ -297,9 +298,8 @@ SHOWN = 5                                # frames at a segment's end that show s
 
 
 class Recording:
-    """A dataset as the world model wants it.
-
-    Actions shifted by one, commanded poses, proprioception, and codes where the encoder is linear.
+    """A dataset as the world model wants it: actions shifted by one, commanded poses, proprioception, the
+    state of what moves or shines, and codes where the encoder is linear.
 
     Frames stay on the host; batch() moves windows to the device."""
 
@@ -323,6 +323,7 @@ class Recording:
         self.command = encode_command(self.target, torch.from_numpy(gripper))
         self.proprio = encode_proprio(torch.from_numpy(robot))
         self.scene = np.array(dataset["scene_obs"])
+        self.state = torch.from_numpy(self.scene[:, :len(STATE_SCALE)]) / STATE_SCALE
         self.codes = None
         if wm is not None and wm.codec:
             self.encode(wm)
@@ -368,7 +369,8 @@ class Recording:
         index = torch.from_numpy(frames)
         out = {k: getattr(self, k)[steps].flatten(-2).to(device) for k in ("action", "command")}
         out["action"][..., 0, :] = 0
-        out["proprio"] = self.proprio[index].to(device)
+        for k in ("proprio", "state"):
+            out[k] = getattr(self, k)[index].to(device)
         if self.codes is not None:
             out["codes"] = self.codes[index].to(device)
         else:
@@ -379,11 +381,9 @@ class Recording:
 
 
 def commanded_targets(robot_obs, actions, episodes, keep=True):
-    """Integrate the commands exactly as the simulator does.  -> [N, 6] f32
+    """Integrate the commands exactly as the simulator does, all episodes together.  -> [N, 6] f32
 
-    target[t+1] = advance(target[t], action[t], measured tcp[t]).
-    Without `keep` it is advance(tcp[t], action[t], tcp[t]).
-    All episodes advance together, one time step a loop."""
+    target[t+1] = advance(target[t], action[t], measured tcp[t]); without `keep` from tcp[t]."""
     target = np.zeros((len(robot_obs), 6), np.float32)
     first = episodes[:, 0]
     lengths = episodes[:, 1] - first + 1

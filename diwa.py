@@ -58,6 +58,7 @@ from support.runs import (RunSettings, Snapshots, Updates, check_config, command
 ACTION = 7                          # numbers of an action, and of a command
 POSE = 6                            # position and Euler angles of the tool
 PROPRIO = 15                        # CALVIN's robot_obs: pose, gripper width, joints, last gripper command
+FIXTURES = 6                        # what moves or shines: slider, drawer, button, switch, bulb, LED
 TIME = 16                           # size of a denoising step's embedding
 
 # 1  Config ==================================================================================================
@@ -105,6 +106,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera, which has 3/4 of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
+    wm_state: float = 0.0           # weight of the scene's state, the paper's hybrid model (0: pixels alone)
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
     # bc: the diffusion policy, section 3
     bc_actor: str = "diffusion"     # diffusion or gaussian
@@ -322,6 +324,7 @@ class WorldModel(nn.Module):
         else:
             self.decoder = mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
         self.pose_head = mlp([self.feature_size, e, PROPRIO])
+        self.state_head = mlp([self.feature_size, e, FIXTURES]) if cfg.wm_state else None
         # Set by the recording's source: an action adds to the old target (1), or to where the arm is (0)
         self.register_buffer("keeps_target", torch.ones(()))
 
@@ -451,18 +454,20 @@ def world_model_loss(wm, batch, cfg):
     def errors(f):
         image = wm.image_error(f[:, times], seen)                                         # [B, keep]
         pose = 0.5 * (wm.proprio(f) - batch["proprio"]).square().sum(-1)                  # [B, T]
-        return image, pose
-    image, pose = errors(feature)
-    loss = image.mean() + cfg.wm_kl * kl + cfg.wm_proprio * pose.mean()
-    metrics = dict(image=image.mean(), pose=pose.mean(), kl=kl)
+        state = 0.5 * (wm.state_head(f) - batch["state"]).square().sum(-1) if cfg.wm_state else 0 * pose
+        return image, pose, state
+    image, pose, state = (error.mean() for error in errors(feature))
+    loss = image + cfg.wm_kl * kl + cfg.wm_proprio * pose + cfg.wm_state * state
+    metrics = dict(image=image, pose=pose, state=state, kl=kl)
     if cfg.wm_open:
         blind = torch.arange(T, device=device) >= context[:, None]                        # [B, T]
-        dreamed_image, dreamed_pose = errors(dreamed)
+        dreamed_image, *others = errors(dreamed)
         now = blind[:, times]                                                             # [B, keep]
         dreamed_image = (dreamed_image * now).sum() / now.sum().clamp(min=1)
-        dreamed_pose = (dreamed_pose * blind).sum() / blind.sum()
-        loss = loss + cfg.wm_open * (dreamed_image + cfg.wm_proprio * dreamed_pose)
-        metrics.update(open_image=dreamed_image, open_pose=dreamed_pose)
+        dreamed_pose, dreamed_state = ((error * blind).sum() / blind.sum() for error in others)
+        told = cfg.wm_proprio * dreamed_pose + cfg.wm_state * dreamed_state
+        loss = loss + cfg.wm_open * (dreamed_image + told)
+        metrics.update(open_image=dreamed_image, open_pose=dreamed_pose, open_state=dreamed_state)
     return loss, metrics
 
 # 3  Actor ===================================================================================================

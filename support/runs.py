@@ -815,6 +815,9 @@ def check_config(cfg):
     if cfg.reward_labels == "predicate" and given and not given.has_scene:
         raise InputError(f"--reward_labels predicate applies the task's rule to play, but {cfg.data} has no "
                          "scene state (scene_obs): give --reward_labels unlabelled")
+    if cfg.wm_state and given and not given.has_scene:
+        raise InputError(f"--wm_state teaches the world model the scene's state, but {cfg.data} has none "
+                         "(scene_obs): give --wm_state 0")
     return cfg
 
 

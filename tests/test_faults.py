@@ -381,6 +381,8 @@ def test_labels_by_a_rule_need_scene_state(done, tmp_path, capsys):
     flags = ["--data", str(robot), "--sim", "none", "--task", "pour_tea", "--reward_labels", "predicate"]
     assert main(tmp_path, *flags) == 2
     sentence(capsys, "--reward_labels unlabelled", "scene")
+    assert main(tmp_path, *flags[:-2], "--wm_state", "30") == 2
+    sentence(capsys, "--wm_state 0", "scene")
 
 
 def test_success_without_a_rule_is_a_segments_end(done, tmp_path):

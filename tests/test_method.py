@@ -731,17 +731,44 @@ def test_norm_gru_formula():
 
 
 def test_world_model_loss_is_the_stated_sum():
-    """image + .3 KL + proprio weight * pose, and the same likelihood again for dreamed frames; each part
-    finite."""
-    for changes in (dict(wm_open=0.0), dict(wm_open=0.7, wm_proprio=3.0)):
+    """image + .3 KL + proprio weight * pose + state weight * state, and the same likelihood again for dreamed
+    frames; each part finite."""
+    for changes in (dict(wm_open=0.0), dict(wm_open=0.7, wm_proprio=3.0), dict(wm_open=0.7, wm_state=5.0),
+                    dict(wm_open=0.0, wm_state=5.0)):
         cfg = tiny(**changes)
         wm = diwa.WorldModel(cfg)
         loss, m = diwa.world_model_loss(wm, observations(cfg), cfg)
-        want = m["image"] + 0.3 * m["kl"] + cfg.wm_proprio * m["pose"]
+        want = m["image"] + 0.3 * m["kl"] + cfg.wm_proprio * m["pose"] + cfg.wm_state * m["state"]
         if cfg.wm_open:
-            want = want + 0.7 * (m["open_image"] + 3.0 * m["open_pose"])
+            told = cfg.wm_proprio * m["open_pose"] + cfg.wm_state * m["open_state"]
+            want = want + 0.7 * (m["open_image"] + told)
         torch.testing.assert_close(loss, want)
         assert loss.isfinite() and ("open_image" in m) == bool(cfg.wm_open)
+        assert (m["state"] > 0) == bool(cfg.wm_state)
+
+
+def test_the_scene_state_is_read_from_the_features():
+    """The hybrid model: a head learns slider, drawer, button, switch and lamps, about unit scale, watched and
+    dreamed; without it the model knows no such thing."""
+    cfg, wm, dataset, rec = recorded(wm_state=5.0)
+    scene = torch.from_numpy(np.array(dataset["scene_obs"]))
+    torch.testing.assert_close(rec.batch(np.arange(9))["state"], scene[:9, :6] / data.STATE_SCALE)
+    batch = observations(cfg, B=5)
+    feature = torch.randn(5, 6, wm.feature_size)
+    wm.rollout = lambda *a: (feature, (torch.zeros(5, 6, 8), torch.zeros(5, 6, 8)), 2 * feature)
+    _, metrics = diwa.world_model_loss(wm, batch, cfg)
+    error = 0.5 * (wm.state_head(feature) - batch["state"]).square().sum(-1)
+    torch.testing.assert_close(metrics["state"], error.mean())
+    assert diwa.WorldModel(tiny()).state_head is None
+
+
+def test_travel_is_about_unit_scale():
+    """A fixture's whole way, in the units of its loss, is between one and four."""
+    from calvin_sim import TASKS, sample_start
+    rng = np.random.default_rng(0)
+    scenes = [sample_start(task, rng)[1] for task in TASKS for _ in range(40)]
+    way = np.ptp(np.array(scenes)[:, [0, 1, 3, 4, 5]], 0) / data.STATE_SCALE.numpy()[[0, 1, 3, 4, 5]]
+    assert ((way > 1) & (way < 4)).all(), way
 
 
 def test_short_windows_dream_at_least_their_last_frame():
@@ -783,7 +810,7 @@ def test_a_short_windows_dream_waits_at_its_end(no_noise):
     last frame."""
     from types import SimpleNamespace
     wm = world(tiny())
-    sizes = dict(action=7, command=7, proprio=15, codes=wm.codec.size)
+    sizes = dict(action=7, command=7, proprio=15, state=6, codes=wm.codec.size)
     every = {name: torch.randn(20, size) for name, size in sizes.items()}
     made_up = SimpleNamespace(batch=lambda frames: {k: v[torch.from_numpy(frames)] for k, v in every.items()})
     seen, dreamed, frames = wm.watch_and_dream(made_up, np.array([0, 9]), 8, np.array([4, 16]))
@@ -1526,7 +1553,8 @@ def test_ppo_learns_a_bandit():
 def observations(cfg, B=2, T=6):
     """A made-up training batch on cfg.device."""
     told = 7 * cfg.wm_stride
-    batch = {k: torch.randn(B, T, n) for k, n in (("action", told), ("command", told), ("proprio", 15))}
+    sizes = dict(action=told, command=told, proprio=15, state=6)
+    batch = {k: torch.randn(B, T, n) for k, n in sizes.items()}
     if cfg.wm_encoder == "linear":
         batch["codes"] = torch.randn(B, T, cfg.wm_codes + cfg.wm_codes // 2)
     else:
