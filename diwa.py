@@ -74,7 +74,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     play_frames: int = 180_000      # recorded frames of play (paper: 500,000)
     demo_count: int = 50            # demonstrations of the task (paper: 50)
     wm_updates: int = 9000          # gradient steps of the world model (paper: up to 2 M)
-    reward_labels: str = "unlabelled"  # unlabelled play as negatives; demos (paper); predicate: by the rule
+    reward_labels: str = "unlabelled"  # play is negative; demos: none (paper); predicate, strict: by the rule
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_bc: float = 0.05             # alpha_BC, pull to the cloned policy (paper: .05; ten demos: .01)
     # play: task-agnostic interaction, the world model's only food
@@ -693,23 +693,24 @@ def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
 #    Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules compare now
 #    with the start ("the drawer has been closed by 12 cm"), so ours sees the first feature and the change
 #    since.  Demonstrations say what success looks like; play, unlabelled, says what everything else looks
-#    like: PPO will try all of it.
+#    like: PPO will try all of it.  Strict labels do not pay play's own successes either: they look like no
+#    demonstration's, and a dreamed door may follow an arm that slipped off.
 
 class Classifier(nn.Module):
     def __init__(self, cfg, feature_size):
         super().__init__()
         n = cfg.reward_hidden
         self.embedding = mlp([2 * feature_size, n, n, 64], nn.ELU)
-        self.head = nn.Linear(64, 2)
+        self.head = nn.Linear(64, 3 if cfg.reward_labels == "strict" else 2)
 
     def forward(self, first, feature):
-        """first, feature [..., D] -> embedding [..., 64], logits [..., 2]"""
+        """first, feature [..., D] -> embedding [..., 64], logits of failure, success (and elsewhere)"""
         e = self.embedding(torch.cat([first, feature - first], -1))
         return e, self.head(F.elu(e))
 
     def success(self, first, feature):
         """The verdict: 1.0 where class 1 wins, else 0.0: [...]"""
-        return self(first, feature)[1].argmax(-1).float()
+        return (self(first, feature)[1].argmax(-1) == 1).float()
 
     def success_twice(self, feature):
         """[W, T, D] from the start on -> bool [W, T]: success there and a step before, as in dream_chunk."""
@@ -1015,7 +1016,6 @@ def stage_wm(cfg):
     wm.keeps_target.fill_(recording.keeps_target)
     window = np.arange(cfg.wm_length) * cfg.wm_stride
     starts = window_starts(dataset.split()[0], window[-1] + 1)
-
     updates = Updates(cfg, "wm", cfg.wm_updates, state)
     for i, rng in updates:
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
@@ -1041,7 +1041,6 @@ def stage_bc(cfg):
     chunks = torch.from_numpy(chunks).to(cfg.device)                                      # [P, H, A]
     actor = build_actor(cfg, wm.feature_size)
     optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.bc_lr, weight_decay=1e-6)
-
     updates = Updates(cfg, "bc", cfg.bc_updates, dict(actor=actor, optimizer=optimizer), every=50)
     for i, _ in updates:
         cosine_lr(optimizer, cfg.bc_lr, i, cfg.bc_updates)
@@ -1055,7 +1054,8 @@ def stage_bc(cfg):
     actor.net.load_state_dict(actor.base.state_dict())
     save_result(cfg, "bc", actor=actor.state_dict())
 
-FAILURE, SUCCESS, UNLABELLED = range(3)     # kinds of a pair; unlabelled play is taken for a failure
+# Kinds of a pair: unlabelled play is taken for a failure; elsewhere is success in play, if labels are strict
+FAILURE, SUCCESS, UNLABELLED, ELSEWHERE = range(4)
 
 def reward_pairs(cfg, wm, recording, play, rng):
     """What the classifier learns from: moments of demonstrations and of play, each beside the first one of
@@ -1066,6 +1066,7 @@ def reward_pairs(cfg, wm, recording, play, rng):
         raise InputError(f"no demonstration of {cfg.task} fulfils the task's rule, so nothing shows what "
                          f"success is: are the segments and scene_obs of {output(cfg, 'demos')} right?")
     pairs = [(first, feature, success.long())]
+    done = dict(predicate=SUCCESS, strict=ELSEWHERE).get(cfg.reward_labels)     # in play, by the task's rule
     if cfg.reward_labels != "demos":
         length = play.ds.window_length()
         begin = rng.choice(window_starts(play.ds.split()[0], length), min(1500, 50 * cfg.demo_count))
@@ -1075,13 +1076,13 @@ def reward_pairs(cfg, wm, recording, play, rng):
         for f in (seen, dreamed):
             # Where a rule can label any pair, compare with any window's start: a lamp is off wherever the arm
             # is, not only beside the lever.  Else with the start of its own window
-            other = rng.integers(0, len(frames), moments.shape) if cfg.reward_labels == "predicate" else own
+            other = rng.integers(0, len(frames), moments.shape) if done else own
             first = f[torch.from_numpy(other), 0].flatten(0, 1)                           # [W * 12, D]
             feature = f[torch.from_numpy(own), torch.from_numpy(moments)].flatten(0, 1)
             kind = torch.full((len(feature),), UNLABELLED, device=cfg.device)
-            if cfg.reward_labels == "predicate":
+            if done:
                 success = play.success(cfg.task, frames[other, 0], frames[own, moments]).ravel()
-                kind = torch.from_numpy(success).long().to(cfg.device)
+                kind = torch.from_numpy(np.where(success, done, FAILURE)).to(cfg.device)
             pairs.append((first, feature, kind))
     return [torch.cat(parts) for parts in zip(*pairs)]
 
@@ -1093,17 +1094,16 @@ def stage_reward(cfg):
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     first, feature, kind = reward_pairs(cfg, wm, recording, play, rng)
     pools = [torch.nonzero(kind == one)[:, 0] for one in kind.unique()]
+    label = torch.tensor([0, 1, 0, 2], device=cfg.device)[kind]
+    weight = torch.tensor([1, 1, cfg.reward_play, cfg.reward_play], device=cfg.device)[kind]
     model = Classifier(cfg, wm.feature_size).to(cfg.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
     updates = Updates(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), every=50)
     for i, _ in updates:                                    # as many of each kind
         index = torch.cat([pool[torch.randint(0, len(pool), (128,), device=cfg.device)] for pool in pools])
-        weight = torch.where(kind[index] == UNLABELLED, cfg.reward_play, 1.0)
-        label = (kind[index] == SUCCESS).long()
-        loss, metrics = classifier_loss(model, first[index], feature[index], label, weight, cfg)
+        loss, metrics = classifier_loss(model, first[index], feature[index], label[index], weight[index], cfg)
         descend(loss, optimizer)
         updates.log(metrics)
-
     judged = report.trust(cfg.task, model.success_twice, play, heldout_recording(cfg, wm),
                           wm.watch_and_dream, seed_everything(cfg.seed, "judge"))
     save_result(cfg, "reward", model=model.state_dict(), trust=judged)

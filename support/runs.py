@@ -719,7 +719,7 @@ CHOICES = {
     "wm_latent": ("gaussian", "categorical"),
     "bc_net": ("mlp", "unet"),
     "bc_actor": ("diffusion", "gaussian"),
-    "reward_labels": ("unlabelled", "demos", "predicate"),
+    "reward_labels": ("unlabelled", "demos", "predicate", "strict"),
 }
 COUNTS = ("play_replay", "wm_octaves", "ft_warmup", "eval_curve", "eval_official")
 POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std",
@@ -812,9 +812,9 @@ def check_config(cfg):
     if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
         raise InputError("--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, "
                          f"not {cfg.bc_chunk}")
-    if cfg.reward_labels == "predicate" and given and not given.has_scene:
-        raise InputError(f"--reward_labels predicate applies the task's rule to play, but {cfg.data} has no "
-                         "scene state (scene_obs): give --reward_labels unlabelled")
+    if cfg.reward_labels in ("predicate", "strict") and given and not given.has_scene:
+        raise InputError(f"--reward_labels {cfg.reward_labels} applies the task's rule to play, but "
+                         f"{cfg.data} has no scene state (scene_obs): give --reward_labels unlabelled")
     if cfg.wm_state and given and not given.has_scene:
         raise InputError(f"--wm_state teaches the world model the scene's state, but {cfg.data} has none "
                          "(scene_obs): give --wm_state 0")

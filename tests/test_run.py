@@ -50,9 +50,10 @@ def test_run_remembers_its_settings(done, no_pictures):
     assert diwa.main([*flags, "--stage", "report"]) == 0
 
 
-def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
-    """--reward_labels predicate: every pair is labelled by the task's rule, and play's moments are compared
-    with other windows' starts, too."""
+@pytest.mark.parametrize("labels", ["predicate", "strict"])
+def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch, labels):
+    """Every pair is labelled by the task's rule, and play's moments are compared with other windows' starts,
+    too.  Strict labels have a class of its own for what succeeds in play, and weigh it as unlabelled play."""
     folder = copy_run(done, tmp_path, "reward_*")
     pairs = []
     loss = diwa.classifier_loss
@@ -66,12 +67,16 @@ def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
         return number.expand_as(seen), number.expand_as(dreamed), frames
 
     def watched(model, first, feature, label, weight, cfg):
+        of_play = first[:, 0] >= 1_000_000
+        strict = of_play & (label > 0) if labels == "strict" else torch.zeros_like(of_play)
+        assert torch.equal(weight, torch.where(strict, cfg.reward_play, 1.0))
+        assert torch.equal(label == 2, strict) and model.head.out_features == 2 + (labels == "strict")
         pairs.extend(zip(first[:, 0].long().tolist(), feature[:, 0].long().tolist(), label.tolist()))
         return loss(model, first, feature, label, weight, cfg)
 
     monkeypatch.setattr(diwa.WorldModel, "watch_and_dream", numbered)
     monkeypatch.setattr(diwa, "classifier_loss", watched)
-    assert main(folder, "--stage", "reward", "--reward_updates", "9", "--reward_labels", "predicate") == 0
+    assert main(folder, "--stage", "reward", "--reward_updates", "9", "--reward_labels", labels) == 0
     apart = []
     for first, frame, label in pairs:
         assert first // 1_000_000 == frame // 1_000_000
@@ -80,7 +85,7 @@ def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch):
         b = frame % 1_000_000
         assert bool(calvin_sim.success("close_drawer", scene[a], scene[b])) == bool(label)
         apart.append((first >= 1_000_000) and not 0 <= b - a < 73)
-    assert 0 < sum(label for _, _, label in pairs) < len(pairs)
+    assert 0 < sum(label > 0 for _, _, label in pairs) < len(pairs)
     assert sum(apart) > 0.5 * sum(f >= 1_000_000 for f, _, _ in pairs)
 
 
