@@ -19,3 +19,9 @@ PRESETS = {
         reward_hidden=64, reward_updates=60, ft_iterations=3, ft_dreams=16, ft_epochs=2, ft_warmup=1,
         ft_snapshot=2, eval_episodes=8, eval_curve=4, eval_official=2),
 }
+
+# What a simulator needs that the presets do not say, by measurement (docs/EXPERIMENTS.md, "What does the
+# world model see of CALVIN's door?" and "Strict labels")
+BY_SIMULATOR = {
+    "calvin": dict(wm_state=30.0, reward_labels="strict"),
+}

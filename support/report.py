@@ -9,6 +9,7 @@ Nothing here trains or acts; diwa.py hands over plain arrays and reads nothing b
 """
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -409,6 +410,20 @@ def short_table(rows):
     return lines
 
 
+def compact_table(rows):
+    """The same in four lines: success in %, a column a task."""
+    tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
+    names = [t.replace("_", " ").replace("move ", "") for t in tasks]
+    names = [re.sub("turn (on|off) (.*)", r"\2 \1", name) for name in names]
+    lines = ["| % | " + " | ".join(names) + " | mean |"]
+    lines += ["|---" * (len(tasks) + 2) + "|"]
+    for name, key in (("cloned", "before"), ("fine-tuned", "after")):
+        rates = [100 * np.mean([np.mean(r[key]) for r in rows if r["task"] == task]) for task in tasks]
+        mean = 100 * np.mean([np.mean(r[key]) for r in rows])
+        lines.append(f"| {name} | " + " | ".join(f"{rate:.0f}" for rate in rates) + f" | **{mean:.0f}** |")
+    return lines
+
+
 def write(folder, task, settings, versions, evaluation, judged, minutes, ends):
     """runs/<name>/report.md.
 
@@ -720,9 +735,9 @@ def dream_strip(truth, watched, dreamed, scores):
 def main(paths):
     """Print the table of the given result rows -> the exit code.
 
-    After --short the README's; after --ranges where the terms of their trainings ended."""
+    After --short and --compact the README's; after --ranges where the terms of their trainings ended."""
     try:
-        kinds = {"--short": short_table, "--ranges": ranges}
+        kinds = {"--short": short_table, "--compact": compact_table, "--ranges": ranges}
         kind = paths[:1][0] if paths and paths[0] in kinds else None
         paths = paths[1:] if kind else paths
         if not paths:

@@ -38,6 +38,7 @@ from data import Dataset, Recording, frame_bytes
 from support import calvin_real, report
 from support.files import ELSEWHERE, InputError, write_atomic, writing
 from support.fingerprint import code_of, definitions
+from support.presets import BY_SIMULATOR
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
     "play": ("play_", (), False),
@@ -112,7 +113,7 @@ def parse(argv, config, presets, description, epilog):
     if given.get("run") == "":
         raise InputError("--run '' names no folder: give it a name, or leave --run out")
     saved = Path(given.get("runs", "runs")) / given.get("run", preset) / "config.json"
-    settings = dict(presets[preset])
+    settings = {**BY_SIMULATOR.get(given.get("sim"), {}), **presets[preset]}
     if "preset" not in given and exists(saved):             # a run remembers its settings; flags still win
         settings = saved_settings(saved, fields)
         preset = settings.get("preset", preset)

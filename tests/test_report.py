@@ -119,6 +119,7 @@ def test_trust_counts_attempts_by_truth_and_verdict():
 
 @pytest.mark.parametrize("folder, page", [
     ("results", "docs/RESULTS.md"),
+    ("results/calvin", "docs/RESULTS.md"),
     ("results/gpu", "docs/RESULTS.md"),
     ("results/calvin_play30000", "docs/RESULTS.md"),
     ("results/calvin_unlabelled", "docs/RESULTS.md"),
@@ -133,8 +134,9 @@ def test_the_pages_show_what_the_rows_say(folder, page):
     rows = [json.loads(p.read_text()) for p in sorted((ROOT / "docs" / folder).glob("*.json"))]
     text = (ROOT / page).read_text()
     assert rows and all(line in text for line in report.table(rows))
-    if folder == "results":
-        assert all(line in (ROOT / "README.md").read_text() for line in report.short_table(rows))
+    kind = {"results": report.compact_table, "results/calvin": report.short_table}.get(folder)
+    if kind:
+        assert all(line in (ROOT / "README.md").read_text() for line in kind(rows))
 
 
 def test_share_of_failures_removed():
@@ -172,6 +174,15 @@ def test_seeds_of_a_task_are_pooled():
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 180 and not [line for line in lines if len(line) > 120]
+
+
+def test_the_compact_table_is_the_mean_over_seeds():
+    rows = [dict(task="turn_on_led", before=[0, 1], after=[1, 1]),
+            dict(task="turn_on_led", before=[0], after=[1]),
+            dict(task="move_slider_left", before=[0, 0, 0, 0], after=[1, 0, 0, 0])]
+    assert report.compact_table(rows) == [
+        "| % | slider left | led on | mean |", "|---|---|---|---|",
+        "| cloned | 0 | 25 | **17** |", "| fine-tuned | 25 | 100 | **75** |"]
 
 
 def test_ranges_are_read_from_rows():

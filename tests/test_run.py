@@ -402,6 +402,23 @@ def test_a_finished_policy_is_deployed_by_its_run(done):
         assert action.shape == (7,) and np.abs(action).max() <= 1 and action[6] in (-1, 1)
 
 
+def test_a_simulator_brings_its_own_settings(tmp_path):
+    """--sim calvin has the scene's state as a target and strict labels, unless the preset, the command or the
+    run says otherwise."""
+    def settings(*flags):
+        cfg = runs.parse(["--runs", str(tmp_path), *flags], diwa.Config, diwa.PRESETS, "", "")
+        return cfg.wm_state, cfg.reward_labels
+
+    assert settings() == (0, "unlabelled") and settings("--sim", "calvin") == (30, "strict")
+    assert settings("--sim", "calvin", "--preset", "smoke") == (30, "strict")
+    assert settings("--sim", "calvin", "--preset", "paper") == (30, "demos")
+    assert settings("--sim", "calvin", "--reward_labels", "demos", "--wm_state", "0") == (0, "demos")
+    (tmp_path / "old").mkdir()
+    saved = dict(settings=dict(sim="calvin", preset="cpu", reward_labels="unlabelled", wm_state=0.0))
+    (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
+    assert settings("--run", "old", "--sim", "calvin") == (0, "unlabelled")
+
+
 def test_a_run_says_what_it_will_take():
     """Minutes and GB at the start, scaled from measured ones by the settings they grow with; nothing where
     nothing was measured."""
