@@ -17,8 +17,8 @@ from support import evaluate, report
 # the smoke preset, and less of everything: only the plumbing is tested
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer", "--play_frames", "1000",
         "--play_episode", "100", "--play_replay", "1", "--demo_count", "4", "--wm_updates", "40",
-        "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2", "--eval_episodes", "4",
-        "--eval_steps", "40", "--eval_curve", "2"]
+        "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2", "--ft_chunks", "6",
+        "--eval_episodes", "4", "--eval_steps", "40", "--eval_curve", "2"]
 
 
 def command(*flags, code=""):

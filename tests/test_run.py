@@ -334,7 +334,7 @@ def test_the_online_rival_counts_its_steps(done, tmp_path, monkeypatch, capsys):
     assert main(folder, *flags) == 0
     row = json.loads((folder / "smoke" / "online_close_drawer.json").read_text())
     assert row["matched"] and row["target"] == 0.5 and row["curve"] == pytest.approx([0.1, 0.1, 0.4, 0.6])
-    assert row["steps"][0] == 0 and 0 < row["steps"][1] <= 16 * 18 * 4 and len(row["steps"]) == 4
+    assert row["steps"][0] == 0 and 0 < row["steps"][1] <= 16 * 6 * 4 and len(row["steps"]) == 4
     assert [len(x) for x in row["success"].values()] == [4, 4, 4]
     assert row["recorded"]["play"] == 1000
     out = capsys.readouterr().out
@@ -343,12 +343,12 @@ def test_the_online_rival_counts_its_steps(done, tmp_path, monkeypatch, capsys):
         == row["steps"][-1]
     assert main(folder, *flags) == 0 and "skipped" in capsys.readouterr().out
     monkeypatch.setattr(online.Rival, "reached", watched(REACHED, iter([0.1] * 9)))
-    assert main(folder, "--stage", "online", "--online_steps", "1200") == 0
+    assert main(folder, "--stage", "online", "--online_steps", "700") == 0
     assert "not in" in capsys.readouterr().out
     picture = tmp_path / "figure.png"
     path = str(folder / "smoke" / "online_close_drawer.json")
     assert interactions.main([path, "--out", str(picture)]) == 0 and picture.stat().st_size > 1000
-    assert main(folder, "--stage", "eval", "--policy", "online", "--online_steps", "1200") == 0
+    assert main(folder, "--stage", "eval", "--policy", "online", "--online_steps", "700") == 0
     assert interactions.main([str(tmp_path / "none.json")]) == 2
     assert main(folder, "--stage", "online", "--eval_curve", "0") == 2
     assert "--eval_curve 40" in capsys.readouterr().err
