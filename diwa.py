@@ -440,7 +440,7 @@ class WorldModel(nn.Module):
         return torch.cat(seen), torch.cat(dreamed), frames
 
 def world_model_loss(wm, batch, cfg):
-    """DreamerV2's loss without reward and discount heads, plus the same errors of frames only dreamed."""
+    """DreamerV2's loss without reward and discount heads, but with pose (and state), watched and dreamed."""
     B, T = batch["action"].shape[:2]
     device = batch["action"].device
     context = None
@@ -693,8 +693,8 @@ def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
 #    Nobody measures success inside a dream, so a classifier must recognise it.  CALVIN's rules compare now
 #    with the start ("the drawer has been closed by 12 cm"), so ours sees the first feature and the change
 #    since.  Demonstrations say what success looks like; play, unlabelled, says what everything else looks
-#    like: PPO will try all of it.  Strict labels do not pay play's own successes either: they look like no
-#    demonstration's, and a dreamed door may follow an arm that slipped off.
+#    like: PPO will try all of it.  With strict labels what succeeds in play is a third class, and not paid: a
+#    dreamed door may follow an arm that slipped off, and that looks like no demonstration.
 
 class Classifier(nn.Module):
     def __init__(self, cfg, feature_size):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from support import report
-from support.files import InputError, write_atomic, writing
+from support.files import InputError, write_atomic
 from support.runs import load, load_file, output, read_log, versions
 
 PAPER = {  # DiWA, table of simulator steps that DPPO on the world model's features takes to match it
@@ -27,6 +27,11 @@ PAPER = {  # DiWA, table of simulator steps that DPPO on the world model's featu
 }
 
 
+def matches(success, target):
+    """At least as good, though both are rounded means."""
+    return success > target - 1e-6
+
+
 def write_row(cfg, target, cloned, results):
     """online_<task>.json: what the table and the figure show.
 
@@ -38,7 +43,7 @@ def write_row(cfg, target, cloned, results):
         seed=cfg.seed,
         recorded={name: len(load(cfg, name)) for name in ("play", "demos")},
         target=target,
-        matched=success[-1] > target - 1e-6,
+        matched=matches(success[-1], target),
         steps=[0, *map(int, steps)],
         curve=[cloned, *success],
         success=results,
@@ -84,8 +89,7 @@ def figure(path, rows):
                  xlabel="physical interactions", ylabel="success")
         if not k:
             axes.legend(fontsize=6, loc="lower left")
-    with writing(path):
-        picture.savefig(path, dpi=120)
+    write_atomic(path, lambda p: picture.savefig(p, dpi=120))
 
 
 def main(argv=None):

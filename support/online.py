@@ -8,7 +8,6 @@ simulator steps.  Table and figure: support/interactions.py.
 import concurrent.futures
 import copy
 import math
-import multiprocessing
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import torch
 import calvin_sim
 from support import evaluate, interactions
 from support.files import InputError
-from support.runs import calm_torch_worker, load, make_sim, seed_everything, sim_of
+from support.runs import calm_torch_worker, load, make_sim, seed_everything, sim_of, worker_context
 
 # --- simulators ---------------------------------------------------------------------------------------------
 
@@ -62,10 +61,7 @@ class ArmsElsewhere:
     """The same in a process of its own: its methods return futures."""
 
     def __init__(self, cfg, count):
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        context.set_forkserver_preload(["torch", "calvin_sim"])
-        self.pool = concurrent.futures.ProcessPoolExecutor(1, context, build, (cfg, count))
+        self.pool = concurrent.futures.ProcessPoolExecutor(1, worker_context(), build, (cfg, count))
 
     def begin(self, starts):
         return self.pool.submit(call, "begin", starts)
@@ -224,7 +220,7 @@ class Rival:
         """-> bool; adds the success and the steps so far to the metrics"""
         metrics["success"] = self.env.successes(actor, self.others).float().mean()
         metrics["steps"] = torch.tensor(float(self.env.simulator_steps))
-        return metrics["success"] > self.target - 1e-6
+        return interactions.matches(metrics["success"], self.target)
 
     def judged(self, actor):
         """Success from the reported start states, beside those of before and after in the dream -> results

@@ -654,9 +654,7 @@ def in_processes(cfg, function, jobs, name):
     A worker that dies (killed, out of memory) ends it with one sentence; multiprocessing's own Pool would
     wait for ever."""
     progress = Progress(name, len(jobs))
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["torch", "calvin_sim"])  # once for all: it takes seconds
+    context = worker_context()
     others = multiprocessing.active_children()
     again = "then type the same command again: it goes on where it stopped"
     try:
@@ -680,6 +678,14 @@ def in_processes(cfg, function, jobs, name):
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def worker_context():
+    """How worker processes begin: where it can be, from a clean process that has the big packages already."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["torch", "calvin_sim"])  # once for all: it takes seconds
+    return context
 
 
 def calm_worker():

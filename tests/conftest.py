@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import diwa
-from support import evaluate, report
+from support import evaluate, report, runs
 
 # the smoke preset, and less of everything: only the plumbing is tested
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer", "--play_frames", "1000",
@@ -70,6 +70,12 @@ def copy_run(done, folder, *drop):
     """A copy of the finished run, without the named results; the parent of the copy."""
     shutil.copytree(done / "smoke", folder / "smoke", ignore=shutil.ignore_patterns(*drop, ".*.lock"))
     return folder
+
+
+def config(folder, *flags):
+    """The settings of that command line, checked."""
+    flags = [*TINY, "--runs", str(folder), *flags]
+    return runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
 
 
 def main(folder, *flags):

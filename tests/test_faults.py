@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
 import diwa
-from conftest import TINY, command, copy_run, main
+from conftest import TINY, command, config, copy_run, main
 from support import data_command, evaluate, record, report, runs
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_recording_that_does_not_fit_is_refused_at_once(tmp_path, monkeypatch,
 def test_parts_of_other_settings_are_not_taken_over(tmp_path, capsys):
     """A recording that was cut off goes on with the same settings and begins anew with others: its parts are
     known by name only."""
-    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(tmp_path)], diwa.Config, diwa.PRESETS, "", ""))
+    cfg = config(tmp_path)
     parts = tmp_path / "smoke" / "play.parts"
     wanted = {"play": (1_000_000, 10, 200)}
     record.drop_others(cfg, parts, wanted)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import calvin_sim
 import data
 import diwa
-from conftest import TINY, command, copy_run, made_once, main, shell
+from conftest import TINY, command, config, copy_run, made_once, main, shell
 from support import evaluate, interactions, online, record, report, runs
 
 def test_everything_is_there(done):
@@ -287,11 +287,6 @@ def test_online_rival_runs(done):
     assert np.all(env.age == 0)
 
 
-def config(done, *flags):
-    flags = [*TINY, "--runs", str(done), *flags]
-    return runs.check_config(runs.parse(flags, diwa.Config, diwa.PRESETS, "", ""))
-
-
 def test_arms_may_be_grouped_in_any_way(done):
     """Starts and noise are drawn in one place, so two groups, or processes, do what one does."""
     cfg = config(done, "--ft_dreams", "3")
@@ -471,7 +466,7 @@ def test_unseen_frames_are_not_missed(done):
 
 def test_the_tuned_policy_is_the_last_snapshot(done):
     """What is evaluated is what PPO ended with, and the learning curve ends with it."""
-    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    cfg = config(done)
     tuned = runs.load(cfg, "finetune")
     assert sorted(map(int, tuned["snapshots"]))[-1] == cfg.ft_iterations
     for name, weight in tuned["snapshots"][str(cfg.ft_iterations)].items():
@@ -564,7 +559,7 @@ def test_wrong_data_is_one_sentence(recording, tmp_path, capsys, flags, words):
 
 def test_dreams_start_in_no_held_out_frame(done, monkeypatch):
     """The trust table calls held-out play unseen: fine-tuning may not begin its dreams there."""
-    cfg = runs.check_config(runs.parse([*TINY, "--runs", str(done)], diwa.Config, diwa.PRESETS, "", ""))
+    cfg = config(done)
     used = []
     batch = diwa.Recording.batch
 
