@@ -26,24 +26,30 @@ def definitions():
     -> {(module, name): (checksum, set of (module, name) that it mentions)}"""
     found = {}
     for module in METHOD + PASSED:
-        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
-        known = {}                                          # name here -> (module, name), or (module, None)
-        nodes = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    whole = f"{node.module}.{alias.name}"
-                    source = (whole, None) if whole in METHOD + PASSED else (node.module, alias.name)
-                    known[alias.asname or alias.name] = source
-            elif isinstance(node, ast.Import):
-                known.update({alias.asname or alias.name: (alias.name, None) for alias in node.names})
-        for node in tree.body:
-            for name in names_of(node):
-                known[name] = module, name
-                nodes[name] = node
-        for name, node in nodes.items():
-            found[module, name] = checksum(node), mentions(node, known)
+        path = ROOT / (module.replace(".", "/") + ".py")
+        found.update(definitions_in(module, path.read_text(encoding="utf-8")))
     return found
+
+
+@functools.lru_cache(maxsize=None)
+def definitions_in(module, source):
+    """The same of one module, from its text."""
+    tree = ast.parse(source)
+    known = {}                                              # name here -> (module, name), or (module, None)
+    nodes = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                origin = (whole, None) if whole in METHOD + PASSED else (node.module, alias.name)
+                known[alias.asname or alias.name] = origin
+        elif isinstance(node, ast.Import):
+            known.update({alias.asname or alias.name: (alias.name, None) for alias in node.names})
+    for node in tree.body:
+        for name in names_of(node):
+            known[name] = module, name
+            nodes[name] = node
+    return {(module, name): (checksum(node), mentions(node, known)) for name, node in nodes.items()}
 
 
 def names_of(node):
