@@ -13,8 +13,8 @@ import calvin_sim
 from data import Recording
 from support import report
 from support.files import write_atomic
-from support.runs import (STAGES, first_seed, in_processes, load, load_file, load_heldout, make_sim, origin,
-                          output, read_log, seed_everything, sim_of, versions)
+from support.runs import (STAGES, changed_settings, first_seed, in_processes, load, load_file, load_heldout,
+                          make_sim, origin, output, read_log, seed_everything, sim_of, versions)
 
 
 def evaluation_job(job):
@@ -265,7 +265,7 @@ def write_report(cfg, load_agent):
     trained_on = heldout.meta.get("trained_on", []) if heldout else []
     judged = dict(load(cfg, "wm")["judged"], trust=trust, trained_on=trained_on)
     settings = dataclasses.asdict(cfg)
-    about = (folder, cfg.task, settings, versions(cfg))
+    about = (folder, cfg.task, settings, changed_settings(cfg), versions(cfg))
     lines = report.write(*about, evaluation, judged, minutes, ends)
     print("\n".join(lines[4:11]) + f"\n\nreport: {folder / 'report.md'}")
 

@@ -424,11 +424,46 @@ def compact_table(rows):
     return lines
 
 
-def write(folder, task, settings, versions, evaluation, judged, minutes, ends):
+def ablations(rows):
+    """What a changed setting does: a line a variant, beside the default from the same start states."""
+    for row in rows:
+        if "changed" not in row:
+            raise InputError(f"the row of {row['task']}, seed {row['seed']}, is of an older version and does "
+                             "not say which settings it changed: make it anew with --stage report")
+    default = {(r["task"], r["seed"]): r["after"] for r in rows if not r["changed"]}
+    variants = {}
+    for row in rows:
+        flags = " ".join(f"--{name} {value}" for name, value in row["changed"].items())
+        variants.setdefault(flags, []).append(row)
+    lines = ["| changed | rows | n | cloned | fine-tuned | difference from the default's, same start states "
+             "| dream minus simulator, points | min |", "|---" * 8 + "|"]
+    for flags, group in sorted(variants.items()):           # "", the default, is the first
+        cloned, tuned = (np.concatenate([r[key] for r in group]) for key in ("before", "after"))
+        beside = [(default.get((r["task"], r["seed"])), r["after"]) for r in group if flags]
+        beside = [(a, b) for a, b in beside if a]
+        if any(len(a) != len(b) for a, b in beside):
+            raise InputError(f"rows of {flags} have other start states than the default's: give both the "
+                             "same --eval_episodes")
+        minutes = np.mean([sum(r["minutes"].values()) for r in group])
+        cells = [
+            f"`{flags}`" if flags else "nothing",
+            str(len(group)),
+            str(len(cloned)),
+            rate(cloned),
+            rate(tuned),
+            difference(*map(np.concatenate, zip(*beside)))[0] if beside else "-",
+            f"{100 * np.mean([r['dream'] - np.mean(r['after']) for r in group]):+.0f}",
+            f"{minutes:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def write(folder, task, settings, changed, versions, evaluation, judged, minutes, ends):
     """runs/<name>/report.md.
 
-    evaluation: content of eval_<task>.json; judged: the world model's own tables;
-    minutes: {stage: minutes}; ends: {"stage.metric": where it ended}."""
+    changed: settings that are not the preset's; evaluation: content of eval_<task>.json;
+    judged: the world model's own tables; minutes: {stage: minutes}; ends: {"stage.metric": where it ended}."""
     simulated = settings["sim"] != "none"
     rows = evaluation["results"]
     before, after = ([r["success"] for r in rows[p]] for p in ("bc", "tuned"))
@@ -472,7 +507,8 @@ def write(folder, task, settings, versions, evaluation, judged, minutes, ends):
         "|" + "---|" * (len(minutes) + 1),
         "| " + " | ".join(f"{m:.1f}" for m in minutes.values()) + f" | {sum(minutes.values()):.1f} |",
         "",
-        "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
+        "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."
+        + "".join(f" --{k} {v}" for k, v in changed.items()),
     ]
     row = dict(
         task=task,
@@ -486,6 +522,7 @@ def write(folder, task, settings, versions, evaluation, judged, minutes, ends):
         replay_share=judged["replay_share"],
         labels=labels,
         minutes=minutes,
+        changed=changed,
         versions=versions,
         trust=judged["trust"],
         simulator_steps=steps,
@@ -735,9 +772,11 @@ def dream_strip(truth, watched, dreamed, scores):
 def main(paths):
     """Print the table of the given result rows -> the exit code.
 
-    After --short and --compact the README's; after --ranges where the terms of their trainings ended."""
+    After --short and --compact the README's; after --ranges where the terms of their trainings ended; after
+    --ablations what changed settings do."""
     try:
-        kinds = {"--short": short_table, "--compact": compact_table, "--ranges": ranges}
+        kinds = {"--short": short_table, "--compact": compact_table, "--ranges": ranges,
+                 "--ablations": ablations}
         kind = paths[:1][0] if paths and paths[0] in kinds else None
         paths = paths[1:] if kind else paths
         if not paths:

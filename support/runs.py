@@ -38,7 +38,7 @@ from data import Dataset, Recording, frame_bytes
 from support import calvin_real, report
 from support.files import ELSEWHERE, InputError, write_atomic, writing
 from support.fingerprint import code_of, definitions
-from support.presets import BY_SIMULATOR
+from support.presets import BY_SIMULATOR, PRESETS
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
     "play": ("play_", (), False),
@@ -180,6 +180,17 @@ def saved_settings(path, fields):
                              "correct that line")
     forgotten = ("stage", "task", "run", "runs", "device", "workers", "keep", "policy")
     return {name: types[name](value) for name, value in settings.items() if name not in forgotten}
+
+
+def changed_settings(cfg):
+    """In what a run differs from `--preset ... --sim ...` alone -> {name: value}
+
+    Not counted: what it is called, where it runs, its task and seed, and how often it is tried."""
+    usual = type(cfg)(**{**BY_SIMULATOR.get(cfg.sim, {}), **PRESETS[cfg.preset]})
+    aside = {field.name for field in dataclasses.fields(RunSettings)} - {"data", "image_size"}
+    aside |= {"task", "seed", "eval_episodes", "eval_curve", "eval_official", "online_steps"}
+    names = [field.name for field in dataclasses.fields(cfg) if field.name not in aside]
+    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(usual, name)}
 
 
 FORMER = ("reward_rounds",)         # settings of older versions, which a config.json may still name

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
 import diwa
-from conftest import TINY, command, config, copy_run, main
+from conftest import HASTY, TINY, command, config, copy_run, main
 from support import data_command, evaluate, record, report, runs
 
 @pytest.fixture
@@ -267,8 +267,8 @@ def test_a_refused_command_changes_no_settings(again, capsys):
 # F: nothing to judge with
 
 def test_no_demonstrations_that_judge(tmp_path, no_pictures):
-    assert main(tmp_path, "--play_replay", "0", "--play_frames", "400", "--eval_curve", "0",
-                "--eval_episodes", "2") == 0
+    assert main(tmp_path, *HASTY, "--play_replay", "0", "--play_frames", "300", "--demo_count", "2",
+                "--eval_curve", "0", "--eval_episodes", "2", "--workers", "1") == 0
     text = (tmp_path / "smoke" / "report.md").read_text()
     assert "Replay share: not measured" in text and "nan" not in text.split("Open-loop")[0]
 
@@ -352,7 +352,7 @@ def test_a_robot_without_scene_state_gets_a_dreamed_policy(done, tmp_path):
     fields = [key for key in data.FIELDS if key != "scene_obs"]
     robot = pack_recording(tmp_path, play, demos, fields, ["pour_tea", "close_lid"])
     assert not (robot / "scene_obs.npy").exists() and not data.Dataset(robot).has_scene
-    assert main(tmp_path, "--data", str(robot), "--sim", "none", "--task", "pour_tea") == 0
+    assert main(tmp_path, *HASTY, "--data", str(robot), "--sim", "none", "--task", "pour_tea") == 0
     folder = tmp_path / "smoke"
     text = (folder / "report.md").read_text()
     row = json.loads((folder / "result_pour_tea.json").read_text())
@@ -468,8 +468,8 @@ sys.exit(diwa.main(sys.argv[1:]))
 def test_tasks_at_once_over_one_world_model(again):
     """Two tasks in one run folder at the same time: both end, and no row of the log is lost."""
     tasks = ("open_drawer", "turn_on_led")
-    words = [*TINY, "--demo_count", "2", "--eval_episodes", "2", "--eval_curve", "0", "--workers", "1",
-             "--runs", again]
+    words = [*TINY, "--demo_count", "2", "--bc_updates", "4", "--reward_updates", "4", "--eval_steps", "8",
+             "--eval_episodes", "2", "--eval_curve", "0", "--workers", "1", "--runs", again]
     before = (again / "smoke" / "log.csv").read_text().splitlines()
     processes = [start(*words, "--task", task, code=WITHOUT_PICTURES) for task in tasks]
     assert [process.communicate(timeout=240)[1] for process in processes] == ["", ""]

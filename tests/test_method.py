@@ -36,7 +36,6 @@ def tiny(**changes):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

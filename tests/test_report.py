@@ -185,6 +185,26 @@ def test_the_compact_table_is_the_mean_over_seeds():
         "| cloned | 0 | 25 | **17** |", "| fine-tuned | 25 | 100 | **75** |"]
 
 
+def test_ablations_compare_with_the_default_on_the_same_starts():
+    """Two seeds of the default, one of a variant: it is compared with its own seed's row alone."""
+    def row(seed, changed, before, after, dream):
+        return dict(task="turn_on_led", seed=seed, changed=changed, before=before, after=after, dream=dream,
+                    minutes=dict(wm=3.0, eval=1.0))
+
+    half = [0, 1] * 20
+    rows = [row(0, {}, half, half, 0.75), row(1, {}, half, [1] * 40, 1.0),
+            row(0, dict(ft_bc=0.0, bc_net="unet"), [0] * 40, [1] * 40, 0.9)]
+    default, variant = (line.strip("| ").split(" | ") for line in report.ablations(rows)[2:])
+    assert default[:3] == ["nothing", "2", "80"] and default[5:] == ["-", "+12", "4"]
+    assert variant[0] == "`--ft_bc 0.0 --bc_net unet`" and variant[3].startswith("0 %")
+    assert variant[4].startswith("100 %") and variant[5] == report.difference(half, [1] * 40)[0]
+    assert variant[5].startswith("+50 [") and variant[6] == "-10"
+    with pytest.raises(report.InputError, match="same --eval_episodes"):
+        report.ablations([*rows, row(1, dict(ft_bc=0.0), [1], [1], 1.0)])
+    with pytest.raises(report.InputError, match="turn_on_led, seed 0, .*older version"):
+        report.ablations([dict(task="turn_on_led", seed=0)])
+
+
 def test_ranges_are_read_from_rows():
     """Healthy ranges: the lowest and highest end of each term over the rows that know it."""
     rows = [{"ends": {"bc.loss": 0.2, "wm.kl": 50.0}}, {"ends": {"bc.loss": 0.1}}, {}]

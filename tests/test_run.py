@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import calvin_sim
 import data
 import diwa
-from conftest import TINY, command, config, copy_run, made_once, main, shell
+from conftest import HASTY, TINY, command, config, copy_run, made_once, main, shell
 from support import evaluate, interactions, online, record, report, runs
 
 def test_everything_is_there(done):
@@ -385,6 +385,15 @@ def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path, no_pictures
     assert row["simulator_steps"] == steps and f"{steps:,} steps" in report.table([row])[2]
 
 
+def test_a_row_says_what_its_run_changed(done):
+    """What --preset smoke alone would not do; not how often the policies were tried."""
+    changed = json.loads((done / "smoke" / "result_close_drawer.json").read_text())["changed"]
+    flags = dict(zip(TINY[::2], TINY[1::2]))
+    aside = {"--preset", "--device", "--task", "--eval_episodes", "--eval_curve"}
+    assert {f"--{name}": str(value) for name, value in changed.items()} == {
+        flag: value for flag, value in flags.items() if flag not in aside}
+
+
 def test_a_finished_policy_is_deployed_by_its_run(done):
     """diwa.deploy: what a robot runs, by the run's name alone; its net is the tuned one."""
     agent = diwa.deploy("--run", "smoke", "--runs", str(done), "--task", "close_drawer", "--device", "cpu")
@@ -514,7 +523,7 @@ def recording(done, tmp_path_factory):
 def test_a_recording_alone_is_enough(recording, tmp_path, capsys, no_pictures):
     """--sim none: every stage but the simulator's, ending in dream success; and then, on the same results, an
     evaluation in a simulator."""
-    flags = ["--data", str(recording), "--play_replay", "2"]
+    flags = [*HASTY, "--data", str(recording), "--play_replay", "2"]
     assert main(tmp_path, *flags, "--sim", "none") == 0
     folder = tmp_path / "smoke"
     text = (folder / "report.md").read_text()
