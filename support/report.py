@@ -463,7 +463,8 @@ def write(folder, task, settings, changed, versions, evaluation, judged, minutes
     """runs/<name>/report.md.
 
     changed: settings that are not the preset's; evaluation: content of eval_<task>.json;
-    judged: the world model's own tables; minutes: {stage: minutes}; ends: {"stage.metric": where it ended}."""
+    judged: the world model's own tables; minutes: {stage: minutes};
+    ends: {"stage.metric": where it ended}."""
     simulated = settings["sim"] != "none"
     rows = evaluation["results"]
     before, after = ([r["success"] for r in rows[p]] for p in ("bc", "tuned"))
