@@ -413,9 +413,9 @@ def test_a_simulator_brings_its_own_settings(tmp_path):
         cfg = runs.parse(["--runs", str(tmp_path), *flags], diwa.Config, diwa.PRESETS, "", "")
         return cfg.wm_state, cfg.reward_labels
 
-    assert settings() == (0, "unlabelled") and settings("--sim", "calvin") == (30, "strict")
-    assert settings("--sim", "calvin", "--preset", "smoke") == (30, "strict")
-    assert settings("--sim", "calvin", "--preset", "paper") == (30, "demos")
+    assert settings() == (0, "unlabelled") and settings("--sim", "calvin") == (100, "strict")
+    assert settings("--sim", "calvin", "--preset", "smoke") == (100, "strict")
+    assert settings("--sim", "calvin", "--preset", "paper") == (100, "demos")
     assert settings("--sim", "calvin", "--reward_labels", "demos", "--wm_state", "0") == (0, "demos")
     (tmp_path / "old").mkdir()
     saved = dict(settings=dict(sim="calvin", preset="cpu", reward_labels="unlabelled", wm_state=0.0))
