@@ -16,22 +16,17 @@ Symbols
     S side of an image    K denoising steps, K' of them fine-tuned    N any number of rows
     W windows of a recording, P moments in them, M frames to start from
     h deterministic and z stochastic latent (z is drawn, the rest follows)    E size of an embedding
-    D size of the feature [h, z, c], 256 + 48 + 7 by default
-    target: the pose that the arm has been told to reach, in m and rad
-    command c: the same in a network's units, and the last gripper command
+    D size of the feature [h, z, c], 256 + 48 + 7 by default    target: the pose that the arm has been told
+    to reach, in m and rad    command c: the same in a network's units, and the last gripper command
     action, 30 a second: dx dy dz (20 mm a unit), droll dpitch dyaw (.05 rad), gripper (-1 close, +1 open)
 
-Where this file departs from the papers, on purpose (each is a flag or a comment at its line)
-    - dreams start from recorded frames, also amid attempts;
-    - practice is short, at ten times the learning rate: a dream's success does not show when PPO begins to
-      exploit the model's errors;
-    - one step of the world model spans two control steps: half as many guesses for the same future;
-    - the transition is told the commanded pose c: CALVIN's arm chases a target to which each action adds;
-    - each dream misplaces the arm by millimetres, so that the policy keeps a margin, and a reward asks for
-      two verdicts in a row;
-    - the preset `cpu` learns on linear codes and Gaussian latents, not convolutions and categoricals;
-    - the prior is also trained open loop, as it is used in a dream, and with noisy inputs;
-    - the classifier compares the current feature with the first one, because CALVIN's task rules do.
+Where this file departs from the papers, on purpose (each is a flag or a comment at its line): dreams start
+amid attempts, too; practice is short, at ten times the learning rate, and ends before PPO exploits the
+model's errors; one step of the world model spans two control steps; the transition is told the commanded
+pose, for CALVIN's arm chases a target to which each action adds; each dream misplaces the arm by millimetres,
+so that the policy keeps a margin; a reward needs two verdicts in a row; the preset `cpu` has linear codes and
+Gaussian latents; the prior is also trained open loop, as a dream uses it, and with noisy inputs; the
+classifier compares with the first feature, because CALVIN's task rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
 """
 import copy
@@ -44,8 +39,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from calvin_sim import advance_target
-from data import Recording, action_chunks, decode_pose, encode_command, encode_proprio, window_starts
+from calvin_sim import advance_target, success
+from data import (STATE_SCALE, Recording, action_chunks, decode_pose, encode_command, encode_proprio,
+                  window_starts)
 from support import evaluate, online, report
 from support.files import InputError
 from support.linear import LinearCodec, likeness
@@ -74,7 +70,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     play_frames: int = 180_000      # recorded frames of play (paper: 500,000)
     demo_count: int = 50            # demonstrations of the task (paper: 50)
     wm_updates: int = 9000          # gradient steps of the world model (paper: up to 2 M)
-    reward_labels: str = "unlabelled"  # play is negative; demos: none (paper); predicate, strict: by the rule
+    reward_labels: str = "unlabelled"  # play fails; demos (paper): no play; predicate, strict: rule; state
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_bc: float = 0.05             # alpha_BC, pull to the cloned policy (paper: .05; ten demos: .01)
     # play: task-agnostic interaction, the world model's only food
@@ -94,7 +90,8 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_octaves: int = 3             # sines of the commanded position, finest wavelength 4 cm (paper: 0)
     wm_batch: int = 32              # sequences a batch (paper: 50)
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
-    wm_lr: float = 1e-3             # AdamW, cosine to a tenth (paper: 3e-4, constant)
+    wm_lr: float = 1e-3             # AdamW's learning rate (paper: 3e-4)
+    wm_lr_end: float = 0.1          # its end, as a share of it, along a cosine (paper: 1, constant)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3)
@@ -106,7 +103,9 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera, which has 3/4 of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
-    wm_state: float = 0.0           # weight of the scene's state, paper's hybrid (0: pixels; CALVIN: 30)
+    wm_state: float = 0.0           # weight of the scene's state, paper's hybrid (0: pixels; CALVIN: 100)
+    wm_inverse: float = 0.0         # weight of an action's guess from two embeddings (WAM: on; paper: 0)
+    wm_heads: int = 0               # more priors, which only show by disagreeing where the model is unsure
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
     # bc: the diffusion policy, section 3
     bc_actor: str = "diffusion"     # diffusion or gaussian
@@ -132,6 +131,8 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_starts: float = 0.75         # dreams start in this first part of a demonstration (0: first frame)
     ft_play: float = 0.06           # and in this share of play, the frames most like a demonstration
     ft_shift: float = 0.006         # each dream misplaces the arm: std (m) in each of x, y, z (paper: 0)
+    ft_twice: int = 0               # 1: success must show in a second draw of the dream's latents, too
+    ft_doubt: float = 0.0           # what such a disagreement takes from a chunk's reward
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
     ft_minibatches: int = 5         # a pass (paper: 1)
@@ -325,6 +326,9 @@ class WorldModel(nn.Module):
             self.decoder = mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
         self.pose_head = mlp([self.feature_size, e, PROPRIO])
         self.state_head = mlp([self.feature_size, e, FIXTURES]) if cfg.wm_state else None
+        self.inverse_head = mlp([2 * e, e, cfg.wm_stride * ACTION]) if cfg.wm_inverse else None
+        self.more_priors = nn.ModuleList(mlp([cfg.wm_h, cfg.wm_hidden, stats_size(cfg)])
+                                         for _ in range(cfg.wm_heads))
         # Set by the recording's source: an action adds to the old target (1), or to where the arm is (0)
         self.register_buffer("keeps_target", torch.ones(()))
 
@@ -446,28 +450,32 @@ def world_model_loss(wm, batch, cfg):
     context = None
     if cfg.wm_open:
         context = torch.randint(1, min(cfg.wm_context, T - 1) + 1, (B,), device=device)
-    feature, (post, prior), dreamed = wm.rollout(wm.embed(batch), batch["action"], batch["command"], context)
-    kl = balanced_kl(post, prior, cfg).mean()
-    keep = max(1, round(T * cfg.wm_decode))                 # decode a random subset of the time steps
-    times = torch.randperm(T, device=device)[:keep]
+    embedding = wm.embed(batch)
+    feature, (post, prior), dreamed = wm.rollout(embedding, batch["action"], batch["command"], context)
+    times = torch.randperm(T, device=device)[:max(1, round(T * cfg.wm_decode))]           # decode only some
     seen = {k: v[:, times] for k, v in batch.items() if k in ("codes", "rgb_static", "rgb_gripper")}
-    def errors(f):
-        image = wm.image_error(f[:, times], seen)                                         # [B, keep]
-        pose = 0.5 * (wm.proprio(f) - batch["proprio"]).square().sum(-1)                  # [B, T]
-        state = 0.5 * (wm.state_head(f) - batch["state"]).square().sum(-1) if cfg.wm_state else 0 * pose
-        return image, pose, state
-    image, pose, state = (error.mean() for error in errors(feature))
-    loss = image + cfg.wm_kl * kl + cfg.wm_proprio * pose + cfg.wm_state * state
-    metrics = dict(image=image, pose=pose, state=state, kl=kl)
+    metrics = dict(kl=balanced_kl(post, prior, cfg).mean())
+    def told(f, counts, prefix=""):
+        """What features f tell of each frame, against the truth: a mean over frames that count [B, T]"""
+        parts = [("image", 1.0, wm.image_error(f[:, times], seen), counts[:, times])]
+        parts += [("pose", cfg.wm_proprio, 0.5 * (wm.proprio(f) - batch["proprio"]).square().sum(-1), counts)]
+        if cfg.wm_state:
+            error = 0.5 * (wm.state_head(f) - batch["state"]).square().sum(-1)
+            parts += [("state", cfg.wm_state, error, counts)]
+        for name, _, error, now in parts:
+            metrics[prefix + name] = (error * now).sum() / now.sum().clamp(min=1)
+        return sum(weight * metrics[prefix + name] for name, weight, *_ in parts)
+    loss = told(feature, torch.ones_like(feature[..., 0])) + cfg.wm_kl * metrics["kl"]
     if cfg.wm_open:
-        blind = torch.arange(T, device=device) >= context[:, None]                        # [B, T]
-        dreamed_image, *others = errors(dreamed)
-        now = blind[:, times]                                                             # [B, keep]
-        dreamed_image = (dreamed_image * now).sum() / now.sum().clamp(min=1)
-        dreamed_pose, dreamed_state = ((error * blind).sum() / blind.sum() for error in others)
-        told = cfg.wm_proprio * dreamed_pose + cfg.wm_state * dreamed_state
-        loss = loss + cfg.wm_open * (dreamed_image + told)
-        metrics.update(open_image=dreamed_image, open_pose=dreamed_pose, open_state=dreamed_state)
+        loss = loss + cfg.wm_open * told(dreamed, torch.arange(T, device=device) >= context[:, None], "open_")
+    if cfg.wm_inverse:                                      # from pixels alone: proprioception says it
+        pixels = embedding[..., :-PROPRIO]
+        guess = wm.inverse_head(torch.cat([pixels[:, :-1], pixels[:, 1:]], -1))
+        metrics["inverse"] = (guess - batch["action"][:, 1:]).abs().mean()                # L1, as WAM
+        loss = loss + cfg.wm_inverse * metrics["inverse"]
+    for prior in wm.more_priors:                            # nothing but they themselves learns from it
+        guess = prior(feature[..., :cfg.wm_h].detach())
+        loss = loss + cfg.wm_kl * kl_divergence(post.detach(), guess, cfg).mean()
     return loss, metrics
 
 # 3  Actor ===================================================================================================
@@ -613,9 +621,8 @@ class DiffusionActor(nn.Module):
 
     def chain_logprob(self, feature, chain):
         """Log-probability of every recorded step, AVERAGED over the chunk's H * A numbers, as in DPPO: the
-        ratio of a sum would leave the clip range 28 times as soon.
-        feature [B, D], chain [B, K'+1, H, A] -> [B, K']
-        Step j turns chain[j] into chain[j + 1], and t = K'-1-j."""
+        ratio of a sum would leave the clip range 28 times as soon.  feature [B, D], chain [B, K'+1, H, A]
+        -> [B, K']; step j turns chain[j] into chain[j + 1], and t = K'-1-j."""
         t = torch.arange(self.ft_steps - 1, -1, -1, device=chain.device)                     # [K']
         mean = self.mean(self.net, chain[:, :-1], t, feature[:, None])                    # [B, K', H, A]
         std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]         # also at t = 0, as in sampling
@@ -712,10 +719,21 @@ class Classifier(nn.Module):
         """The verdict: 1.0 where class 1 wins, else 0.0: [...]"""
         return (self(first, feature)[1].argmax(-1) == 1).float()
 
-    def success_twice(self, feature):
-        """[W, T, D] from the start on -> bool [W, T]: success there and a step before, as in dream_chunk."""
-        success = self.success(feature[:, :1].expand_as(feature), feature) > 0
-        return success & F.pad(success[:, :-1], (1, 0))
+class DecodedRule(Classifier):
+    """No classifier: the task's own rule, on the scene that the world model decodes (the paper's upper
+    variant).  A dream that is wrong of the scene is then believed."""
+    def __init__(self, cfg, wm):
+        nn.Module.__init__(self)
+        self.scene = lambda feature: (wm.state_head(feature).cpu() * STATE_SCALE).numpy()
+        self.task = cfg.task
+
+    def forward(self, first, feature):
+        done = torch.from_numpy(success(self.task, self.scene(first), self.scene(feature)))
+        return None, F.one_hot(done.long().to(feature.device), 2).float()
+
+def build_classifier(cfg, wm):
+    kind = DecodedRule(cfg, wm) if cfg.reward_labels == "state" else Classifier(cfg, wm.feature_size)
+    return kind.to(cfg.device)
 
 def nt_xent(embedding, label, tau):
     """Supervised contrastive loss (Khosla et al. 2020, eq. 2): pull same-class embeddings together.
@@ -742,13 +760,11 @@ class DreamEnv:
     step(chunk [B, H, A]) -> feature, reward, terminated, truncated, final; `feature` belongs to the restarted
     dream where one ended, `final` is the next feature before any restart, to bootstrap from."""
     simulator_steps = 0                                     # a dream takes none; SimEnv counts its own
-    def __init__(self, cfg, wm, classifier, embedding, command, target, dreams, horizon):
+    def __init__(self, cfg, wm, classifier, embedding, command, target):
         """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from"""
         self.cfg = cfg
         self.wm = wm
         self.classifier = classifier
-        self.B = dreams
-        self.horizon = horizon
         self.bank = (embedding, command, target)
 
     def draw(self, n):
@@ -758,8 +774,10 @@ class DreamEnv:
         h, z = self.wm.initial(n, embedding.device)
         commands = command.repeat(1, self.cfg.wm_stride)    # [n, stride * 7]: as if it had stood still
         h = self.wm.step(h, z, torch.zeros_like(commands), commands)
-        z = sample_latent(self.wm.posterior(h, embedding), self.cfg)
-        state = dict(h=h, z=z, command=command, target=target)
+        post = self.wm.posterior(h, embedding)
+        state = dict(h=h, z=sample_latent(post, self.cfg), command=command, target=target)
+        if self.cfg.ft_twice:
+            state.update(h2=h, z2=sample_latent(post, self.cfg))
         # In units of the command, 0.1 m.  The feature's c is without it, or the policy would correct for it
         shift = self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
@@ -767,7 +785,7 @@ class DreamEnv:
 
     @torch.no_grad()
     def reset(self):
-        self.state = self.draw(self.B)
+        self.state = self.draw(self.cfg.ft_dreams)
         return self.state["first"]
 
     @torch.no_grad()
@@ -776,9 +794,17 @@ class DreamEnv:
         age = self.state["age"] + 1
         shift = self.state["shift"]
         now, reward = dream_chunk(self.wm, self.classifier, self.state, first, executed(chunk), shift)
+        if self.cfg.ft_twice:                               # the same arm, dreamed again from the start on
+            other = dict(self.state, h=self.state["h2"], z=self.state["z2"])
+            other, again = dream_chunk(self.wm, self.classifier, other, first, executed(chunk), shift)
+            now.update(h2=other["h"], z2=other["z"])
+            reward = reward * again
         final = feature_of(now)                                                           # [B, D]
         terminated = reward > 0
-        truncated = (age >= self.horizon) & ~terminated
+        if self.cfg.ft_doubt:
+            told = torch.stack([prior(now["h"]) for prior in self.wm.more_priors])
+            reward = reward - self.cfg.ft_doubt * told.std(0).mean(-1)
+        truncated = (age >= self.cfg.ft_horizon) & ~terminated
         done = terminated | truncated
         new = self.draw(len(chunk))
         now = dict(now, first=first, age=age, shift=shift)
@@ -825,8 +851,7 @@ def executed(action):
 
 def gae(reward, value, next_value, terminated, truncated, gamma, lam):
     """Generalised advantage estimation over chunks (1506.02438, eq. 16), all [T, B] -> advantage, return
-    next_value is `final`'s, so a truncated dream bootstraps from its own end; the trace is cut
-    at every end (DPPO's code lets it run on into another episode)."""
+    next_value is `final`'s: a truncated dream bootstraps from its own end.  The trace is cut at every end."""
     advantage = torch.zeros_like(reward)
     trace = torch.zeros_like(reward[0])
     for t in reversed(range(len(reward))):
@@ -839,27 +864,6 @@ def clip_schedule(cfg, steps, device):
     """epsilon [K'], growing exponentially from ft_clip_first at the noisiest step to ft_clip at the last."""
     x = torch.arange(steps, device=device) / (steps - 1) if steps > 1 else torch.ones(1, device=device)
     return cfg.ft_clip_first + (cfg.ft_clip - cfg.ft_clip_first) * (torch.exp(3 * x) - 1) / (math.exp(3) - 1)
-
-class RewardScaler(nn.Module):
-    """Divides rewards by the running std of the discounted sum of rewards so far, clipped to +-10, as DPPO.
-    Advantages are normalised anyway: it keeps the critic's targets near one."""
-    def __init__(self):
-        super().__init__()
-        # How many sums it has seen, their total and that of their squares; at first as if of std 1
-        self.register_buffer("seen", torch.tensor([1e-4, 0.0, 1e-4], dtype=torch.float64))
-
-    def forward(self, reward, over, gamma):
-        """reward [T, B] of dreams from their start, over [T, B]: it ended there -> scaled reward [T, B]"""
-        sums = []
-        so_far = torch.zeros_like(reward[0])
-        for r, end in zip(reward, over):
-            sums.append(so_far + r)
-            so_far = gamma * sums[-1] * ~end
-        x = torch.stack(sums).double()
-        self.seen = self.seen + torch.stack([torch.ones_like(x), x, x ** 2]).sum((1, 2))
-        n, total, squares = self.seen
-        std = (squares / n - (total / n) ** 2 + 1e-8).sqrt().float()
-        return (reward / std).clamp(-10, 10)
 
 @torch.no_grad()
 def dream_rollout(cfg, env, actor, critic):
@@ -893,16 +897,14 @@ def ppo_loss(cfg, actor, critic, b):
                    clipped=((ratio - 1).abs() > clip).float().mean())
     return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
 
-def ppo_iteration(cfg, env, actor, critic, scaler, *optimizers):
+def ppo_iteration(cfg, env, actor, critic, *optimizers):
     """Dream, from new starts (so that a resumed run misses nothing), then learn from it.  -> diagnostics"""
     roll = dream_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
-    reward = scaler(roll["reward"], over, cfg.ft_gamma)
-    advantage, returns = gae(reward, roll["value"], roll["next_value"], roll["terminated"], roll["truncated"],
-                             cfg.ft_gamma, cfg.ft_lambda)
+    advantage, returns = gae(roll["reward"], roll["value"], roll["next_value"], roll["terminated"],
+                             roll["truncated"], cfg.ft_gamma, cfg.ft_lambda)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    data = {key: roll[key] for key in ("feature", "chain", "logprob")}
-    data.update({"advantage": advantage, "return": returns})
+    data = dict(roll, **{"advantage": advantage, "return": returns})
     data = {key: value.flatten(0, 1) for key, value in data.items()}                      # [T * B, ...]
     if cfg.ft_bc:
         data["anchor"] = actor.sample_chain(data["feature"], frozen=True)
@@ -919,9 +921,8 @@ def ppo_iteration(cfg, env, actor, critic, scaler, *optimizers):
     return out
 
 # 7  Agent ===================================================================================================
-#    World model and actor as one object, the one a robot would run: it filters every wm_stride-th frame with
-#    the actions that led to it, and every H steps asks the actor for a new chunk.  Evaluation runs this
-#    object and nothing else.
+#    World model and actor as one object, which a robot or an evaluation runs: it filters every wm_stride-th
+#    frame with the actions that led to it, and every H steps asks the actor for a new chunk.
 
 class Agent:
     """B robots in lock step.  reset(B); act(obs) -> actions [B, 7] with obs a dict of stacked observations.
@@ -1018,16 +1019,14 @@ def stage_wm(cfg):
     starts = window_starts(dataset.split()[0], window[-1] + 1)
     updates = Updates(cfg, "wm", cfg.wm_updates, state)
     for i, rng in updates:
-        cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates)
+        cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates, floor=cfg.wm_lr_end)
         first = rng.choice(starts, cfg.wm_batch)
         loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + window), cfg)
         metrics["norm"] = descend(loss, optimizer, clip=cfg.wm_clip)
         updates.log(metrics)
-
     wm.eval().requires_grad_(False)
     judged = report.judge_world_model(recording, heldout_recording(cfg, wm), wm.watch_and_dream,
                                       seed_everything(cfg.seed, "judge"))
-    print("  replay share " + "  ".join(f"{t} {s:.2f}" for t, s in judged["replay_share"].items()))
     save_result(cfg, "wm", model=wm.state_dict(), judged=judged)
 
 def stage_bc(cfg):
@@ -1049,7 +1048,6 @@ def stage_bc(cfg):
         descend(loss, optimizer)
         ema_update(actor.base, actor.net, cfg.bc_ema, i)
         updates.log(dict(loss=loss))
-
     # The moving average acts, and fine-tuning starts there: net learns on, base stays frozen
     actor.net.load_state_dict(actor.base.state_dict())
     save_result(cfg, "bc", actor=actor.state_dict())
@@ -1086,17 +1084,15 @@ def reward_pairs(cfg, wm, recording, play, rng):
             pairs.append((first, feature, kind))
     return [torch.cat(parts) for parts in zip(*pairs)]
 
-def stage_reward(cfg):
-    """Train the success classifier on pairs from the demonstrations, and from play as reward_labels says."""
-    wm = load_world_model(cfg)
+def learn_reward(cfg, wm, play):
+    """The success classifier, from pairs out of the demonstrations, and out of play as reward_labels says."""
     recording = Recording(cfg, load(cfg, "demos"), wm)
-    play = Recording(cfg, load(cfg, "play"))                # few frames are used: no codes in advance
     rng = seed_everything(cfg.seed, "reward", cfg.task, "init")
     first, feature, kind = reward_pairs(cfg, wm, recording, play, rng)
     pools = [torch.nonzero(kind == one)[:, 0] for one in kind.unique()]
     label = torch.tensor([0, 1, 0, 2], device=cfg.device)[kind]
     weight = torch.tensor([1, 1, cfg.reward_play, cfg.reward_play], device=cfg.device)[kind]
-    model = Classifier(cfg, wm.feature_size).to(cfg.device)
+    model = build_classifier(cfg, wm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
     updates = Updates(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), every=50)
     for i, _ in updates:                                    # as many of each kind
@@ -1104,7 +1100,14 @@ def stage_reward(cfg):
         loss, metrics = classifier_loss(model, first[index], feature[index], label[index], weight[index], cfg)
         descend(loss, optimizer)
         updates.log(metrics)
-    judged = report.trust(cfg.task, model.success_twice, play, heldout_recording(cfg, wm),
+    return model
+
+def stage_reward(cfg):
+    """Learn what success looks like, or take it from the decoded scene; then judge that on held-out data."""
+    wm = load_world_model(cfg)
+    play = Recording(cfg, load(cfg, "play"))                # few frames are used: no codes in advance
+    model = build_classifier(cfg, wm) if cfg.reward_labels == "state" else learn_reward(cfg, wm, play)
+    judged = report.trust(cfg.task, model.success, play, heldout_recording(cfg, wm),
                           wm.watch_and_dream, seed_everything(cfg.seed, "judge"))
     save_result(cfg, "reward", model=model.state_dict(), trust=judged)
 
@@ -1112,8 +1115,7 @@ def stage_finetune(cfg):
     """DiWA: PPO in the dream.  Reads recordings and checkpoints, steps no simulator."""
     seed_everything(cfg.seed, "finetune", cfg.task, "init")
     agent = load_agent(cfg, "bc")
-    starts = dream_starts(cfg, agent.wm)
-    env = DreamEnv(cfg, agent.wm, agent.classifier, *starts, cfg.ft_dreams, cfg.ft_horizon)
+    env = DreamEnv(cfg, agent.wm, agent.classifier, *dream_starts(cfg, agent.wm))
     finetune(cfg, env, agent.actor)
 
 @torch.no_grad()
@@ -1124,12 +1126,12 @@ def dream_starts(cfg, wm):
     demos, play = (Recording(cfg, load(cfg, stage)) for stage in ("demos", "play"))
     begin = [np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments]
     def rows(recording, frames):                            # [n, E], [n, 7], [n, 6]
-        seen = []
+        parts = []
         for some in np.array_split(frames, len(frames) // 2000 + 1):
             batch = recording.batch(some[:, None])
-            seen.append((wm.embed(batch)[:, 0], batch["command"][:, 0, -ACTION:]))
-        embedding, command = (torch.cat(x) for x in zip(*seen))
-        return embedding, command, recording.target[torch.from_numpy(frames)].to(cfg.device)
+            target = recording.target[torch.from_numpy(some)].to(cfg.device)
+            parts.append((wm.embed(batch)[:, 0], batch["command"][:, 0, -ACTION:], target))
+        return [torch.cat(x) for x in zip(*parts)]
     near = rows(demos, np.concatenate(begin))
     if not cfg.ft_play:
         return near
@@ -1149,22 +1151,20 @@ def stage_online(cfg):
 def finetune(cfg, env, actor, stage="finetune", rival=None):
     """PPO in a DreamEnv (DiWA), or in a SimEnv until it matches DiWA (DPPO, support/online.py)."""
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
-    scaler = RewardScaler().to(cfg.device)
     actor_optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr)
     snapshots = Snapshots()
-    state = dict(actor=actor, critic=critic, scaler=scaler, snapshots=snapshots, env=env,
+    state = dict(actor=actor, critic=critic, snapshots=snapshots, env=env,
                  actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     updates = Updates(cfg, stage, rival.iterations if rival else cfg.ft_iterations, state, every=1)
     for i, _ in updates:
         learning = [critic_optimizer, actor_optimizer][:1 if i < cfg.ft_warmup else 2]
-        metrics = ppo_iteration(cfg, env, actor, critic, scaler, *learning)
+        metrics = ppo_iteration(cfg, env, actor, critic, *learning)
         if rival and rival.reached(actor, metrics):
             updates.total = i + 1
         updates.log(metrics)
         if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == updates.total:
             snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
-
     save_result(cfg, stage, actor=actor.state_dict(), snapshots=dict(snapshots),
                 simulator_steps=env.simulator_steps, **(rival.judged(actor) if rival else {}))
 
@@ -1173,7 +1173,7 @@ def load_agent(cfg, policy):
     wm = load_world_model(cfg)
     actor = build_actor(cfg, wm.feature_size)
     actor.load_state_dict(policy_weights(cfg, policy))
-    classifier = Classifier(cfg, wm.feature_size).to(cfg.device)
+    classifier = build_classifier(cfg, wm)
     classifier.load_state_dict(load(cfg, "reward")["model"])
     return Agent(cfg, wm, actor.eval(), classifier.eval())
 

@@ -7,12 +7,12 @@ PRESETS = {
         wm_embed=512, wm_updates=5000, wm_lr=6e-4, bc_hidden=512, ft_dreams=256),
     "paper": dict(
         play_frames=500_000, wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000,
-        wm_embed=1024, wm_updates=2_000_000, wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4, wm_open=0.0,
-        wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0, wm_noise=0.0, wm_octaves=0,
-        bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos", reward_hidden=512,
-        reward_lr=1e-6, reward_updates=20_000, ft_iterations=770, ft_dreams=50, ft_chunks=36,
-        ft_starts=0.0, ft_play=0.0, ft_shift=0.0, ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5,
-        ft_gamma=0.999, ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
+        wm_embed=1024, wm_updates=2_000_000, wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4,
+        wm_lr_end=1.0, wm_open=0.0, wm_proprio=0.0, wm_gripper=1.0, wm_decode=1.0, wm_unimix=0.0,
+        wm_noise=0.0, wm_octaves=0, bc_hidden=512, bc_updates=50_000, bc_lr=1e-4, reward_labels="demos",
+        reward_hidden=512, reward_lr=1e-6, reward_updates=20_000, ft_iterations=770, ft_dreams=50,
+        ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_shift=0.0, ft_epochs=10, ft_minibatches=1,
+        ft_actor_lr=1e-5, ft_gamma=0.999, ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
     "smoke": dict(
         play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64,
         wm_embed=64, wm_z=16, wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150,

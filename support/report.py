@@ -122,6 +122,7 @@ def judge_world_model(recording, heldout, watch_and_dream, rng):
         truth = probe_targets(heldout, frames)[..., column]
         for name, feature in (("replay_share", dreamed), ("replay_share_watched", seen)):
             tables[name][task] = share_of_change(read_probe(probe, feature)[..., column], truth)
+    print("  replay share " + "  ".join(f"{t} {s:.2f}" for t, s in tables["replay_share"].items()))
     return tables
 
 
@@ -180,8 +181,8 @@ def trust(task, success, play, heldout, watch_and_dream, rng):
     Held-out demonstrations that succeed within `length` frames (or None); and, where a rule can tell,
     as long stretches of held-out play from where the task can be done: most of it does something else, some
     of it fails nearly, and what succeeds does so in passing.
-    success(features [W, T, D]) -> bool [W, T], the classifier's, asked at every step: PPO's reward asks only
-    at the ends of chunks, so this is the looser of the two.
+    success(first, feature [W, T, D]) -> 1.0 or 0.0 [W, T], the classifier's, twice in a row, asked at every
+    step: PPO's reward asks only at the ends of chunks, so this is the looser of the two.
     -> for both [[successes judged successes, judged failures],
                  [failures judged successes, judged failures]]"""
     length = play.ds.window_length()
@@ -200,9 +201,15 @@ def trust(task, success, play, heldout, watch_and_dream, rng):
             truth = recording.success(task, frames[:, :1], frames).any(1)
             # a slower demonstration is cut before it succeeds: it is no failure
             counts = truth | (name == "play")
-            believed = success(dreamed).any(1).cpu().numpy()
+            believed = twice(success(dreamed[:, :1].expand_as(dreamed), dreamed)).any(1).cpu().numpy()
             np.add.at(tables[name], (1 - truth[counts], 1 - believed[counts]), 1)
     return {name: table.tolist() for name, table in tables.items()}
+
+
+def twice(success):
+    """1.0 or 0.0 [W, T] -> bool [W, T]: success there and a step before, as diwa.dream_chunk wants it."""
+    success = success > 0
+    return success & F.pad(success[:, :-1], (1, 0))
 
 
 def trusted(tables):

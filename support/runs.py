@@ -737,16 +737,18 @@ CHOICES = {
     "wm_latent": ("gaussian", "categorical"),
     "bc_net": ("mlp", "unet"),
     "bc_actor": ("diffusion", "gaussian"),
-    "reward_labels": ("unlabelled", "demos", "predicate", "strict"),
+    "reward_labels": ("unlabelled", "demos", "predicate", "strict", "state"),
 }
-COUNTS = ("play_replay", "wm_octaves", "ft_warmup", "eval_curve", "eval_official")
+COUNTS = ("play_replay", "wm_octaves", "wm_heads", "ft_warmup", "eval_curve", "eval_official")
 POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std",
             "ft_clip", "ft_clip_first")
-SHARES = ("wm_balance", "bc_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda", "ft_gamma_denoise")
+SHARES = ("wm_balance", "wm_lr_end", "bc_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda",
+          "ft_gamma_denoise")
 RANGES = dict(  # lowest and highest; of all other numbers the whole ones start at 1 and the others at 0
     **dict.fromkeys(COUNTS, (0, 10 ** 9)),
     **dict.fromkeys(POSITIVE, (1e-12, 1e30)),
     **dict.fromkeys(SHARES, (0, 1)),
+    ft_twice=(0, 1),
     wm_unimix=(0, 0.999),
     wm_decode=(1e-6, 1),
     seed=(0, 10 ** 9),
@@ -833,6 +835,12 @@ def check_config(cfg):
     if cfg.reward_labels in ("predicate", "strict") and given and not given.has_scene:
         raise InputError(f"--reward_labels {cfg.reward_labels} applies the task's rule to play, but "
                          f"{cfg.data} has no scene state (scene_obs): give --reward_labels unlabelled")
+    if cfg.reward_labels == "state" and not cfg.wm_state:
+        raise InputError("--reward_labels state applies the task's rule to the scene that the world model "
+                         "tells, and it tells none: give --wm_state 100")
+    if cfg.wm_heads == 1 or cfg.ft_doubt and not cfg.wm_heads:
+        raise InputError(f"--ft_doubt asks where several priors disagree, and --wm_heads is {cfg.wm_heads}: "
+                         "give --wm_heads 5")
     if cfg.wm_state and given and not given.has_scene:
         raise InputError(f"--wm_state teaches the world model the scene's state, but {cfg.data} has none "
                          "(scene_obs): give --wm_state 0")

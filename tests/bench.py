@@ -125,7 +125,7 @@ def dream(cfg, wm):
     embedding = torch.randn(50, wm.embed_size)
     command = data.encode_command(target, torch.ones(50, 1))
     starts = [x.to(cfg.device) for x in (embedding, command, target)]
-    env = diwa.DreamEnv(cfg, wm, classifier, *starts, cfg.ft_dreams, cfg.ft_horizon)
+    env = diwa.DreamEnv(cfg, wm, classifier, *starts)
     env.reset()
     return env
 

@@ -71,8 +71,8 @@ def test_a_dead_worker_is_noticed():
 
 
 @pytest.mark.parametrize("stage, flags", [
-    ("demos", ["--demo_count", "14"]),
-    ("eval", ["--eval_episodes", "24", "--eval_curve", "0"]),
+    ("demos", ["--demo_count", "8"]),
+    ("eval", ["--eval_episodes", "16", "--eval_curve", "0"]),
 ])
 def test_a_killed_worker_ends_it_and_the_same_command_goes_on(again, stage, flags):
     words = [*TINY, "--runs", again, "--stage", stage, *flags]

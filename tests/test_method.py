@@ -3,9 +3,11 @@ here.
 
     python -m pytest tests/test_method.py          # under a minute on one core, no recordings, no simulator
 """
+import dataclasses
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,7 +64,8 @@ def dream(cfg, wm, classifier=None, horizon=None):
     target = target.to(cfg.device)
     command = data.encode_command(target, torch.ones(9, 1, device=cfg.device))
     bank = torch.randn(9, wm.embed_size, device=cfg.device), command, target
-    return diwa.DreamEnv(cfg, wm, classifier, *bank, cfg.ft_dreams, horizon or cfg.ft_horizon)
+    cfg = dataclasses.replace(cfg, ft_horizon=horizon or cfg.ft_horizon)
+    return diwa.DreamEnv(cfg, wm, classifier, *bank)
 
 
 def optimizers_for(actor, critic):
@@ -569,42 +572,6 @@ def test_gae_with_lambda_one_is_the_discounted_return():
     torch.testing.assert_close(returns[0], want)
 
 
-def test_success_counts_when_it_shows_twice():
-    """Two steps running, compared with the first feature, and never at the start."""
-    model = diwa.Classifier(tiny(), 1)
-
-    def success(first, feature):
-        assert (first == feature[:, :1]).all()
-        return feature[..., 0]
-
-    model.success = success
-    seen = torch.tensor([[1, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 1.]])[..., None]
-    want = [[0, 1, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 1, 1, 1]]
-    assert model.success_twice(seen).int().tolist() == want
-
-
-def test_reward_scaler_against_numpy():
-    """Rewards are divided by the std of all discounted returns seen so far, state carried from call to call
-    and through a checkpoint."""
-    scaler = diwa.RewardScaler()
-    history = []
-    rng = np.random.default_rng(0)
-    for call in range(3):
-        reward = (rng.random((9, 4)) < 0.3) * rng.random((9, 4))
-        ended = rng.random((9, 4)) < 0.2
-        running = np.zeros(4)                                           # every rollout begins with new dreams
-        for r, end in zip(reward, ended):
-            history.append(r + 0.9 * running)
-            running = history[-1] * ~end
-        got = scaler(torch.from_numpy(reward).float(), torch.from_numpy(ended), 0.9)
-        np.testing.assert_allclose(got, reward / np.std(history), rtol=1e-3)
-        fresh = diwa.RewardScaler()
-        fresh.load_state_dict(scaler.state_dict())
-        scaler = fresh
-    assert scaler(torch.full((1, 4), 1e6), torch.ones(1, 4, dtype=torch.bool), 0.9).max() <= 10
-    assert scaler(torch.full((1, 4), -1e9), torch.ones(1, 4, dtype=torch.bool), 0.9).min() >= -10
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 3  World model: latents, KL, GRU
 
@@ -733,17 +700,35 @@ def test_world_model_loss_is_the_stated_sum():
     """image + .3 KL + proprio weight * pose + state weight * state, and the same likelihood again for dreamed
     frames; each part finite."""
     for changes in (dict(wm_open=0.0), dict(wm_open=0.7, wm_proprio=3.0), dict(wm_open=0.7, wm_state=5.0),
-                    dict(wm_open=0.0, wm_state=5.0)):
+                    dict(wm_open=0.0, wm_state=5.0), dict(wm_open=0.0, wm_inverse=2.0)):
         cfg = tiny(**changes)
         wm = diwa.WorldModel(cfg)
         loss, m = diwa.world_model_loss(wm, observations(cfg), cfg)
-        want = m["image"] + 0.3 * m["kl"] + cfg.wm_proprio * m["pose"] + cfg.wm_state * m["state"]
+        want = m["image"] + 0.3 * m["kl"] + cfg.wm_proprio * m["pose"] + cfg.wm_state * m.get("state", 0)
+        want = want + cfg.wm_inverse * m.get("inverse", 0)
         if cfg.wm_open:
-            told = cfg.wm_proprio * m["open_pose"] + cfg.wm_state * m["open_state"]
+            told = cfg.wm_proprio * m["open_pose"] + cfg.wm_state * m.get("open_state", 0)
             want = want + 0.7 * (m["open_image"] + told)
         torch.testing.assert_close(loss, want)
         assert loss.isfinite() and ("open_image" in m) == bool(cfg.wm_open)
-        assert (m["state"] > 0) == bool(cfg.wm_state)
+        assert ("state" in m) == bool(cfg.wm_state) and ("inverse" in m) == bool(cfg.wm_inverse)
+
+
+def test_an_action_is_guessed_from_two_pictures():
+    """WAM's term: the mean absolute error of what the head says of two consecutive embeddings, without the
+    proprioception in them, against the actions between the two."""
+    cfg = tiny(wm_inverse=1.0, wm_stride=2, wm_open=0.0)
+    wm = diwa.WorldModel(cfg).eval()                        # without noise
+    batch = observations(cfg, B=5)
+    pixels = wm.embed(batch)[..., :cfg.wm_embed]
+    want = []
+    for t in range(1, batch["action"].shape[1]):
+        guess = wm.inverse_head(torch.cat([pixels[:, t - 1], pixels[:, t]], -1))
+        want.append((guess - batch["action"][:, t]).abs().mean())
+    for _ in range(2):
+        _, metrics = diwa.world_model_loss(wm, batch, cfg)
+        torch.testing.assert_close(metrics["inverse"], torch.stack(want).mean())
+        batch["proprio"] = torch.randn_like(batch["proprio"])
 
 
 def test_the_scene_state_is_read_from_the_features():
@@ -1299,6 +1284,84 @@ def test_a_dream_misplaces_the_arm_unseen():
     assert torch.equal(env.state["shift"][still], shift[still])
 
 
+def test_success_must_show_in_both_dreams_of_an_arm():
+    """ft_twice: the same start and the same actions, but latents of its own; paid is what both show."""
+    cfg = tiny(ft_twice=1, ft_shift=0.01)
+    wm = world(cfg)
+    env = dream(cfg, wm)
+    env.reset()
+    state = env.state
+    assert torch.equal(state["h"], state["h2"]) and not torch.equal(state["z"], state["z2"])
+    chunk = torch.randn(6, cfg.bc_chunk, 7)
+    verdicts = iter(torch.tensor([[1., 1., 0., 0., 1., 1.]] * 2 + [[1., 0., 1., 0., 1., 0.]] * 2))
+    env.classifier = SimpleNamespace(success=lambda first, feature: next(verdicts))
+    torch.manual_seed(4)
+    _, reward, terminated, _, final = env.step(chunk)
+    assert reward.tolist() == [1, 0, 0, 0, 1, 0] and torch.equal(terminated, reward > 0)
+    torch.manual_seed(4)
+    for h, z, is_final in (("h", "z", True), ("h2", "z2", False)):
+        now = dict(state, h=state[h], z=state[z])
+        for action in diwa.executed(chunk).split(1, 1):
+            now = diwa.dream_step(wm, now, action, state["shift"])
+        if is_final:
+            assert torch.equal(diwa.feature_of(now), final)
+        on = ~terminated
+        assert torch.equal(env.state[h][on], now["h"][on]) and torch.equal(env.state[z][on], now["z"][on])
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+def test_where_priors_disagree_the_reward_is_less(latent):
+    """wm_heads: each learns the prior's KL term, and nothing else learns from them; ft_doubt: the std over
+    the heads is taken from a chunk's reward, and a success is a success all the same."""
+    cfg = tiny(wm_latent=latent, wm_heads=3, ft_doubt=0.5, wm_open=0.0)
+    wm = diwa.WorldModel(cfg)
+    batch = observations(cfg)
+    torch.manual_seed(1)
+    loss, _ = diwa.world_model_loss(wm, batch, cfg)
+    loss.backward()
+    alone = {name: p.grad.clone() for name, p in wm.named_parameters() if not name.startswith("more_priors")}
+    torch.manual_seed(1)
+    feature, (post, _), _ = wm.rollout(wm.embed(batch), batch["action"], batch["command"])
+    kl = [diwa.kl_divergence(post, head(feature[..., :cfg.wm_h]), cfg).mean() for head in wm.more_priors]
+    for head in wm.more_priors:
+        assert all(p.grad.abs().sum() > 0 for p in head.parameters())
+    wm.zero_grad()
+    wm.cfg.wm_heads, heads = 0, wm.more_priors
+    wm.more_priors = nn.ModuleList()
+    torch.manual_seed(1)
+    without, _ = diwa.world_model_loss(wm, batch, cfg)
+    torch.testing.assert_close(loss, without + cfg.wm_kl * sum(kl))
+    without.backward()
+    assert all(torch.equal(p.grad, alone[name]) for name, p in wm.named_parameters())
+
+    wm.more_priors = heads.eval()
+    env = dream(cfg, wm.eval().requires_grad_(False))
+    env.reset()
+    env.classifier = SimpleNamespace(success=lambda first, feature: torch.tensor([1.0, 0, 0, 0, 0, 0]))
+    _, reward, terminated, _, final = env.step(torch.randn(6, cfg.bc_chunk, 7))
+    h = final[:, :cfg.wm_h]
+    doubt = torch.stack([head(h) for head in heads]).std(0).mean(-1)
+    torch.testing.assert_close(reward, torch.tensor([1.0, 0, 0, 0, 0, 0]) - 0.5 * doubt)
+    assert doubt.min() > 0 and terminated.tolist() == [True] + [False] * 5
+
+
+def test_the_rule_on_the_decoded_scene():
+    """reward_labels state: CALVIN's rule on what the world model tells of the scene, of both features."""
+    cfg = tiny(wm_state=1.0, reward_labels="state", task="move_slider_right")
+    wm = world(cfg)
+    wm.state_head = nn.Linear(wm.feature_size, 6, bias=False)           # the first six numbers
+    wm.state_head.weight.data = torch.eye(6, wm.feature_size)
+    wm.requires_grad_(False)
+    rule = diwa.build_classifier(cfg, wm)
+    first = torch.zeros(4, wm.feature_size)
+    first[:, 0] = torch.tensor([0.28, 0.28, 0.15, 0.10]) / data.STATE_SCALE[0]
+    now = torch.zeros(4, wm.feature_size)
+    now[:, 0] = torch.tensor([0.12, 0.14, 0.01, 0.0]) / data.STATE_SCALE[0]            # by 16, 14, 14, 10 cm
+    assert rule.success(first, now).tolist() == [1, 0, 0, 0]
+    assert rule.success(now, first).tolist() == [0, 0, 0, 0], "to the left"
+    assert not list(rule.parameters()) and rule(first, now)[1].softmax(-1).shape == (4, 2)
+
+
 def test_dream_step_believes_its_own_pose():
     """With proprioception the lead is measured from the pose that the model reads out of its feature, as the
     arm measures its own."""
@@ -1454,13 +1517,12 @@ def test_fine_tuning_needs_no_simulator(kind, monkeypatch):
     env = dream(cfg, wm)
     actor = diwa.build_actor(cfg, wm.feature_size)
     critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
-    scaler = diwa.RewardScaler()
     optimizers = optimizers_for(actor, critic)
     model = weights(wm)
     for train_actor in (False, True):
         before = [weights(m) for m in (actor.net, critic, actor.base)]
         learning = optimizers if train_actor else optimizers[:1]
-        metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, *learning)
+        metrics = diwa.ppo_iteration(cfg, env, actor, critic, *learning)
         after = [weights(m) for m in (actor.net, critic, actor.base)]
         assert [not torch.equal(a, b) for a, b in zip(before, after)] == [train_actor, True, False]
         assert all(v.isfinite() for v in metrics.values())
@@ -1483,12 +1545,12 @@ def test_dreams_that_have_not_ended_are_no_successes():
         return feature, terminated.float(), terminated, truncated, feature
     env.step = step
     optimizer = optimizers_for(actor, critic)[0]
-    metrics = diwa.ppo_iteration(cfg, env, actor, critic, diwa.RewardScaler(), optimizer)
+    metrics = diwa.ppo_iteration(cfg, env, actor, critic, optimizer)
     assert metrics["dream_success"] == 0.5
 
 
 def test_iteration_bookkeeping(monkeypatch):
-    """What ppo_iteration hands on: restarts to the reward scaler, advantages of mean 0 and std 1, chains of
+    """What ppo_iteration learns from: dreams cut at their horizon, advantages of mean 0 and std 1, chains of
     the tuned and anchors of the frozen net."""
     cfg = tiny(ft_epochs=1, ft_minibatches=1)
     wm = world(cfg)
@@ -1497,25 +1559,24 @@ def test_iteration_bookkeeping(monkeypatch):
     actor.net = Perfect(actor, -0.5)
     actor.base = Perfect(actor, 0.5)
     critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
-    scaler = diwa.RewardScaler()
     seen = {}
-    forward = scaler.forward
     loss = diwa.ppo_loss
+    gae = diwa.gae
 
-    def noted_forward(reward, over, gamma):
-        seen.update(over=over, gamma=gamma)
-        return forward(reward, over, gamma)
+    def noted_gae(reward, value, next_value, terminated, truncated, *discounts):
+        seen.update(over=terminated | truncated, discounts=discounts)
+        return gae(reward, value, next_value, terminated, truncated, *discounts)
 
     def noted_loss(cfg, actor, critic, b):
         seen.update(b)
         return loss(cfg, actor, critic, b)
 
-    monkeypatch.setattr(scaler, "forward", noted_forward)
+    monkeypatch.setattr(diwa, "gae", noted_gae)
     monkeypatch.setattr(diwa, "ppo_loss", noted_loss)
-    diwa.ppo_iteration(cfg, env, actor, critic, scaler, torch.optim.AdamW(critic.parameters()))
+    diwa.ppo_iteration(cfg, env, actor, critic, torch.optim.AdamW(critic.parameters()))
     # horizon 3, 5 chunks
     assert seen["over"].tolist() == [[False] * 6] * 2 + [[True] * 6] + [[False] * 6] * 2
-    assert seen["gamma"] == cfg.ft_gamma and len(seen["advantage"]) == 30
+    assert seen["discounts"] == (cfg.ft_gamma, cfg.ft_lambda) and len(seen["advantage"]) == 30
     assert seen["advantage"].mean().abs() < 1e-5
     assert seen["advantage"].std().item() == pytest.approx(1, abs=1e-3)
     assert seen["chain"][:, -1].mean().item() == pytest.approx(-0.5, abs=0.05)
@@ -1610,8 +1671,7 @@ def test_fine_tuning_runs_on_any_device(latent, kind):
     env = dream(cfg, wm)
     actor = diwa.build_actor(cfg, wm.feature_size)
     critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False).to("meta")
-    scaler = diwa.RewardScaler().to("meta")
-    metrics = diwa.ppo_iteration(cfg, env, actor, critic, scaler, *optimizers_for(actor, critic))
+    metrics = diwa.ppo_iteration(cfg, env, actor, critic, *optimizers_for(actor, critic))
     feature = env.reset()
     assert feature.is_meta and all(v.is_meta for v in metrics.values())
     chunk = torch.randn(6, 4, 7, device="meta")
@@ -1657,6 +1717,21 @@ def test_classifier_runs_on_any_device():
 
 # ------------------------------------------------------------------------------------------------------------
 # Training sanity
+
+def test_the_papers_learning_rate_stays():
+    """A cosine from the peak to its end, after a warm-up; an end of 1, the paper preset's, is constant."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+
+    def rates(end):
+        found = []
+        for i in (49, 99, 499, 999):
+            diwa.cosine_lr(optimizer, 0.2, i, 1000, floor=end)
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    assert rates(1.0) == pytest.approx([0.1, 0.2, 0.2, 0.2]) and diwa.PRESETS["paper"]["wm_lr_end"] == 1
+    assert rates(0.1)[2:] == pytest.approx([0.11, 0.02], abs=1e-3)
+
 
 def test_cloning_keeps_both_modes():
     """Demonstrations that go either left or right: the loss falls, samples land on both modes and hardly

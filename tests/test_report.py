@@ -97,11 +97,12 @@ def test_trust_counts_attempts_by_truth_and_verdict():
         frames = frames if last is None else np.minimum(frames, last[:, None])
         return None, torch.from_numpy(scene[frames]), frames
 
-    def optimist(feature):
-        return torch.ones(feature.shape[:2], dtype=torch.bool)
+    def optimist(first, feature):
+        assert (first == feature[:, :1]).all()
+        return torch.ones(feature.shape[:2])
 
-    def honest(feature):
-        return torch.from_numpy(calvin_sim.success("close_drawer", feature[:, :1].numpy(), feature.numpy()))
+    def honest(first, feature):
+        return torch.from_numpy(calvin_sim.success("close_drawer", first.numpy(), feature.numpy())).float()
 
     length = 10
     rng = np.random.default_rng(0)
@@ -115,6 +116,13 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     assert tables == want, "2 windows of 19 frames and the demonstration"
     tables = dict(demonstrations=[[1, 2], [3, 4]], play=[[5, 6], [7, 8]])
     assert report.trusted(tables) == ("1 of 3 in demonstrations, 5 of 11 in play", "10 of 22")
+
+
+def test_success_counts_when_it_shows_twice():
+    """Two steps running, and never at the start."""
+    seen = torch.tensor([[1, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 1.]])
+    want = [[0, 1, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 1, 1, 1]]
+    assert report.twice(seen).int().tolist() == want
 
 
 @pytest.mark.parametrize("folder, page", [

@@ -215,6 +215,9 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     (["--ft_steps", "21", "--stage", "bc"], ["ft_steps"]),
     (["--ft_iterations", "1"], ["ft_iterations", "ft_warmup"]),
     (["--stage", "eval", "--task", "turn_on_led"], ["missing", "--stage"]),
+    (["--reward_labels", "state"], ["--wm_state 100"]),
+    (["--ft_doubt", "1"], ["--wm_heads 5"]),
+    (["--wm_heads", "1"], ["--wm_heads 5"]),
 ])
 def test_bad_input_is_one_sentence(done, capsys, flags, words):
     assert diwa.main([*TINY, "--runs", str(done), *flags]) == 2
