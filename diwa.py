@@ -802,8 +802,8 @@ class DreamEnv:
         final = feature_of(now)                                                           # [B, D]
         terminated = reward > 0
         if self.cfg.ft_doubt:
-            told = torch.stack([prior(now["h"]) for prior in self.wm.more_priors])
-            reward = reward - self.cfg.ft_doubt * told.std(0).mean(-1)
+            guesses = torch.stack([prior(now["h"]) for prior in self.wm.more_priors])
+            reward = reward - self.cfg.ft_doubt * guesses.std(0).mean(-1)
         truncated = (age >= self.cfg.ft_horizon) & ~terminated
         done = terminated | truncated
         new = self.draw(len(chunk))
