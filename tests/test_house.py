@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(
-    p.relative_to(ROOT) for p in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("tests/*.py")]
-)
-MODULES = {p.with_suffix("").as_posix().replace("/", "."): p for p in FILES if p.parts[0] != "tests"}
+PLACES = "*.py", "support/*.py", "tests/*.py", "exercises/**/*.py"
+FILES = sorted(p.relative_to(ROOT) for place in PLACES for p in ROOT.glob(place))
+MODULES = {p.with_suffix("").as_posix().replace("/", "."): p for p in FILES
+           if p.parts[0] not in ("tests", "exercises")}
 MOST_LINES = {"diwa.py": 1200, "calvin_sim.py": 500, "data.py": 400}
 
 
@@ -72,6 +72,7 @@ def test_the_top_level_is_what_was_ordered():
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
     assert top == {
         "diwa.py", "calvin_sim.py", "data.py", "README.md", "requirements.txt", "tests", "support", "docs",
+        "exercises",
         ".ci", ".gitignore",
     }
 

@@ -1,0 +1,26 @@
+"""Exercise 10: how much better than expected? (diwa.py, section 6, gae)
+
+Generalised advantage estimation (1506.02438, eq. 16), backwards through the chunks of T steps of B dreams:
+
+    delta_t = reward_t + gamma * V(next state) - V(state)
+    A_t     = delta_t + gamma * lam * A_{t+1}
+
+Two things end a dream, and they are not the same.  *Terminated*: it succeeded, nothing is to be had after it,
+so V(next state) counts as 0.  *Truncated*: its time was up, but an arm there would still have a future, so
+V(next state) counts.  After either the next row belongs to another dream, which has nothing to tell this one.
+
+    python exercises/10_gae.py
+"""
+import sys
+
+from verdict import judge
+
+
+def gae(reward, value, next_value, terminated, truncated, gamma, lam):
+    """All [T, B], terminated and truncated of bools; next_value: V of the state that followed, before any
+    new dream began; gamma, lam: numbers -> advantage [T, B]"""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(judge(__file__))

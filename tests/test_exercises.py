@@ -1,0 +1,63 @@
+"""The exercises: an empty one says so, a solution is right, and typical mistakes are told apart by their
+hints."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "exercises"
+sys.path.insert(0, str(FOLDER))
+import verdict
+from checks import CHECKS
+
+
+def test_each_exercise_has_a_check_and_a_solution():
+    named = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
+    assert named == sorted(CHECKS) == sorted(path.stem for path in (FOLDER / "solutions").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_an_empty_exercise_says_so_and_its_solution_is_right(name, capsys):
+    assert verdict.judge(FOLDER / f"{name}.py") == 1
+    assert "nothing is there yet" in capsys.readouterr().out
+    assert verdict.judge(FOLDER / "solutions" / f"{name}.py") == 0
+    out = capsys.readouterr().out
+    assert "right" in out and "NOT YET" not in out and CHECKS[name].lesson in out
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_typical_mistakes_are_told_apart(name):
+    check = CHECKS[name]
+    assert len(check.mistakes) >= 5
+    for hint, mistaken in check.mistakes:
+        right, lines = verdict.verdict(check, mistaken)
+        assert not right and lines[-1] == f"  Hint: {hint}"
+        assert any("NOT YET" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_another_wrong_answer_gets_the_hint_of_the_property_that_fails(name):
+    """A mistake that nobody thought of; errors, shapes, types and NaNs are answered in a sentence."""
+    check = CHECKS[name]
+
+    def judged(function):
+        right, lines = verdict.verdict(check, function)
+        assert not right
+        return "\n".join(lines)
+
+    text = judged(lambda *a: 3 * check.right(*a) + 1)
+    assert check.properties[0].hint in text and "should be" in text and "numbers differ" in text
+    assert "should have" in judged(lambda *a: check.right(*a)[None])
+    assert "nan" in judged(lambda *a: check.right(*a) * torch.nan)
+    broken = judged(lambda *a: 1 / 0)
+    assert "ZeroDivisionError" in broken and "test_exercises.py, line" in broken
+    assert "NoneType" in judged(lambda *a: None)
+
+
+def test_an_exercise_runs_from_anywhere(tmp_path):
+    path = FOLDER / "10_gae.py"
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "nothing is there yet" in done.stdout and not done.stderr
