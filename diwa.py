@@ -48,8 +48,8 @@ from support.linear import LinearCodec, likeness
 from support.presets import PRESETS
 from support.record import stage_demos, stage_play
 from support.runs import (RunSettings, Snapshots, Updates, check_config, command_line, cosine_lr,
-                          heldout_recording, load, output, parse, policy_weights, restore, save_result,
-                          seed_everything)
+                          half_precision, heldout_recording, load, output, parse, policy_weights, restore,
+                          save_result, seed_everything)
 
 ACTION = 7                          # numbers of an action, and of a command
 POSE = 6                            # position and Euler angles of the tool
@@ -92,6 +92,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW's learning rate (paper: 3e-4)
     wm_lr_end: float = 0.1          # its end, as a share of it, along a cosine (paper: 1, constant)
+    wm_bf16: int = 0                # 1: train in bfloat16 on CPUs that have it (CUDA: convolutions do)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3)
@@ -199,11 +200,6 @@ class NormGRU(nn.Module):
 
 # Frames reach the model through LinearCodec (principal components, support/linear.py) or through these
 
-def half_precision(x):
-    """Convolutions in bfloat16 where the GPU has it: most of the conv presets' time is theirs."""
-    able = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 8
-    return torch.autocast("cuda", torch.bfloat16, enabled=able)
-
 class ConvEncoder(nn.Module):
     """One convolutional network a camera, 64 -> 31 -> 14 -> 6 -> 2 pixels (DreamerV2)."""
     def __init__(self, cfg):
@@ -224,7 +220,7 @@ class ConvEncoder(nn.Module):
         for net, x in ((self.static, static), (self.gripper, gripper)):
             x = x.flatten(0, -4).permute(0, 3, 1, 2)                                      # [N, 3, 64, 64]
             x = (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-            with half_precision(x):
+            with half_precision("cuda", x.is_cuda):
                 parts.append(net(x).float())                                              # [N, 8 d * 2 * 2]
         return torch.cat(parts, -1).unflatten(0, static.shape[:-3])
 
@@ -246,7 +242,7 @@ class ConvDecoder(nn.Module):
     def forward(self, feature):
         """[..., D] -> [static, gripper], each [..., 64, 64, 3] in -1..1"""
         flat = feature.flatten(0, -2)
-        with half_precision(flat):
+        with half_precision("cuda", flat.is_cuda):
             images = [net(flat).float() for net in (self.static, self.gripper)]      # [N, 3, 64, 64] each
         return [image.permute(0, 2, 3, 1).unflatten(0, feature.shape[:-1]) for image in images]
 
@@ -1021,7 +1017,8 @@ def stage_wm(cfg):
     for i, rng in updates:
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates, floor=cfg.wm_lr_end)
         first = rng.choice(starts, cfg.wm_batch)
-        loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + window), cfg)
+        with half_precision("cpu", cfg.wm_bf16 and cfg.device == "cpu"):
+            loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + window), cfg)
         metrics["norm"] = descend(loss, optimizer, clip=cfg.wm_clip)
         updates.log(metrics)
     wm.eval().requires_grad_(False)

@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = ("diwa", "calvin_sim", "data", "support.calvin_real", "support.evaluate", "support.expert",
           "support.linear", "support.online", "support.tabletop_model")
-COUNTED = ("cosine_lr", "cut_recording", "first_seed", "held_out", "seed_everything")   # of those passed
-# on the way, but not counted
+# of those passed on the way, but not counted
+COUNTED = ("cosine_lr", "cut_recording", "first_seed", "half_precision", "held_out", "seed_everything")
 PASSED = ("support.record", "support.runs", "support.report", "support.interactions", "support.files",
           "support.presets")
 

@@ -470,6 +470,17 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
         group["lr"] = peak * rise * fall
 
 
+def half_precision(device, wanted):
+    """bfloat16 for the matrices and convolutions of a `with` block, if the device has it; what sums stays in
+    float32."""
+    able = False
+    if wanted and device == "cuda":
+        able = torch.cuda.get_device_capability()[0] >= 8
+    elif wanted:
+        able = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.autocast(device, torch.bfloat16, enabled=able)
+
+
 class Updates:
     """The updates of a stage, and around them what no paper mentions: resuming, the log, progress, NaNs.
 
@@ -749,6 +760,7 @@ RANGES = dict(  # lowest and highest; of all other numbers the whole ones start 
     **dict.fromkeys(POSITIVE, (1e-12, 1e30)),
     **dict.fromkeys(SHARES, (0, 1)),
     ft_twice=(0, 1),
+    wm_bf16=(0, 1),
     wm_unimix=(0, 0.999),
     wm_decode=(1e-6, 1),
     seed=(0, 10 ** 9),

@@ -714,6 +714,27 @@ def test_world_model_loss_is_the_stated_sum():
         assert ("state" in m) == bool(cfg.wm_state) and ("inverse" in m) == bool(cfg.wm_inverse)
 
 
+def test_bfloat16_is_asked_for_and_nearly_the_same(monkeypatch):
+    """wm_bf16: the same loss to a percent, weights and gradients in float32; only where the CPU has it."""
+    cfg = tiny()
+    wm = diwa.WorldModel(cfg).eval()
+    batch = observations(cfg)
+    losses = []
+    for wanted in (0, 1):
+        torch.manual_seed(0)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+        with runs.half_precision("cpu", wanted):
+            assert wm.fuse(torch.randn(1, wm.codec.size)).dtype == (torch.bfloat16 if wanted else torch.float32)
+            losses.append(diwa.world_model_loss(wm, batch, cfg)[0])
+    assert losses[0] != losses[1] and losses[1].dtype == torch.float32
+    torch.testing.assert_close(*losses, rtol=0.01, atol=0)
+    losses[1].backward()
+    assert {p.grad.dtype for p in wm.parameters() if p.grad is not None} == {torch.float32}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with runs.half_precision("cpu", 1):
+        assert wm.fuse(torch.randn(1, wm.codec.size)).dtype == torch.float32
+
+
 def test_an_action_is_guessed_from_two_pictures():
     """WAM's term: the mean absolute error of what the head says of two consecutive embeddings, without the
     proprioception in them, against the actions between the two."""
