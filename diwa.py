@@ -507,15 +507,15 @@ class MLPDenoiser(nn.Module):
         n = cfg.bc_hidden
         self.time = TimeEmbedding()
         self.first = nn.Linear(flat + TIME, n)              # one layer in two parts,
-        self.see = nn.Linear(feature_size, n, bias=False)   # for the feature is the same in all K' steps
+        self.see = nn.Linear(feature_size, n, bias=False)   # for the feature is the same in all K steps
         self.l1 = nn.Linear(n, n)
         self.l2 = nn.Linear(n, n)
         self.last = nn.Linear(n, flat)
 
-    def forward(self, x, t, feature):
-        """x [..., H, A], t [...], feature [..., D] (leading dimensions broadcast) -> noise [..., H, A]"""
+    def forward(self, x, t, seen):
+        """x [..., H, A], t [...], seen: see(feature), leading dimensions broadcast -> noise [..., H, A]"""
         time = self.time(t).expand(*x.shape[:-2], -1)
-        y = self.first(torch.cat([x.flatten(-2), time], -1)) + self.see(feature)
+        y = self.first(torch.cat([x.flatten(-2), time], -1)) + seen
         y = y + self.l2(F.mish(self.l1(F.mish(y))))
         return self.last(y).view_as(x)
 
@@ -547,6 +547,7 @@ class UNetDenoiser(nn.Module):
         self.widen = nn.ModuleList([nn.ConvTranspose1d(n[2], n[1], 4, 2, 1),
                                     nn.ConvTranspose1d(n[1], n[0], 4, 2, 1)])
         self.last = nn.Conv1d(n[0], ACTION, 1)
+        self.see = nn.Identity()                            # each block looks at the feature itself
 
     def forward(self, x, t, feature):
         rows = x.shape[:-2]
@@ -592,12 +593,12 @@ class DiffusionActor(nn.Module):
         t = torch.randint(0, self.K, (len(chunk),), device=chunk.device)
         noise = torch.randn_like(chunk)
         x = self.signal[t, None, None] * chunk + self.noise[t, None, None] * noise
-        return F.mse_loss(self.net(x, t, feature), noise)
+        return F.mse_loss(self.net(x, t, self.net.see(feature)), noise)
 
-    def mean(self, net, x, t, feature):
+    def mean(self, net, x, t, seen):
         """DDPM, eq. 7, the clean chunk's guess clipped: mean of the chunk one step cleaner [..., H, A]."""
         step = torch.full(x.shape[:-2], t, device=x.device) if isinstance(t, int) else t
-        clean = (x - self.noise[step, None, None] * net(x, step, feature)) / self.signal[step, None, None]
+        clean = (x - self.noise[step, None, None] * net(x, step, seen)) / self.signal[step, None, None]
         return self.coef_x0[step, None, None] * clean.clamp(-1, 1) + self.coef_xt[step, None, None] * x
 
     @torch.no_grad()
@@ -606,9 +607,10 @@ class DiffusionActor(nn.Module):
         Noise stays within 3 std.  explore: the stds of practice, else the robot's.  frozen: base alone."""
         x = torch.randn(len(feature), self.cfg.bc_chunk, ACTION, device=feature.device)
         chain = [x] if self.ft_steps == self.K else []
+        seen, seen_by_base = self.net.see(feature), self.base.see(feature)                # once a chain
         for t in reversed(range(self.K)):
-            net = self.base if frozen or t >= self.ft_steps else self.net
-            mean = self.mean(net, x, t, feature)
+            fixed = frozen or t >= self.ft_steps
+            mean = self.mean(self.base, x, t, seen_by_base) if fixed else self.mean(self.net, x, t, seen)
             std = self.std[t].clamp(min=self.cfg.ft_std) if explore else self.std[t] * (t > 0)
             x = mean + std * torch.randn_like(x).clamp(-3, 3)
             if t <= self.ft_steps:
@@ -620,7 +622,7 @@ class DiffusionActor(nn.Module):
         ratio of a sum would leave the clip range 28 times as soon.  feature [B, D], chain [B, K'+1, H, A]
         -> [B, K']; step j turns chain[j] into chain[j + 1], and t = K'-1-j."""
         t = torch.arange(self.ft_steps - 1, -1, -1, device=chain.device)                     # [K']
-        mean = self.mean(self.net, chain[:, :-1], t, feature[:, None])                    # [B, K', H, A]
+        mean = self.mean(self.net, chain[:, :-1], t, self.net.see(feature)[:, None])      # [B, K', H, A]
         std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]         # also at t = 0, as in sampling
         return gaussian_logprob(chain[:, 1:], mean, std).mean((-1, -2))                   # [B, K']
 

@@ -82,6 +82,7 @@ class Fixed(nn.Module):
     def __init__(self, value):
         super().__init__()
         self.value = nn.Parameter(torch.as_tensor(value, dtype=torch.float32))
+        self.see = nn.Identity()
 
     def forward(self, x, t, feature):
         return self.value.expand_as(x)
@@ -95,6 +96,7 @@ class Perfect(nn.Module):
         self.signal = actor.signal
         self.noise = actor.noise
         self.clean = clean
+        self.see = nn.Identity()
 
     def forward(self, x, t, feature):
         return (x - self.signal[t][:, None, None] * self.clean) / self.noise[t][:, None, None]
@@ -200,12 +202,16 @@ def test_denoiser_shapes(net, H):
     x = torch.randn(3, H, 7)
     t = torch.tensor([0, 5, 19])
     f = torch.randn(3, FEATURE)
-    y = actor.net(x, t, f)
+
+    def noise(x, t, f):
+        return actor.net(x, t, actor.net.see(f))
+
+    y = noise(x, t, f)
     assert y.shape == (3, H, 7)
-    for other in (actor.net(x + 1, t, f), actor.net(x, t + 1, f), actor.net(x, t, f + 1)):
+    for other in (noise(x + 1, t, f), noise(x, t + 1, f), noise(x, t, f + 1)):
         assert (other - y).abs().flatten(1).amax(1).min() > 1e-4
     # rows do not mix
-    torch.testing.assert_close(actor.net(x[1:2], t[1:2], f[1:2]), y[1:2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(noise(x[1:2], t[1:2], f[1:2]), y[1:2], atol=1e-5, rtol=1e-4)
     assert actor.sample_chain(f).shape == (3, 11, H, 7)
 
 
@@ -240,7 +246,7 @@ def test_chain_by_hand(K, tuned, explore):
         sigma = actor.std[t].item()
         std = max(sigma, 0.1) if explore else 0 if t == 0 else max(sigma, 1e-3)
         with torch.no_grad():
-            x = actor.mean(net, x, t, feature) + std * torch.randn(4, 4, 7).clamp(-3, 3)
+            x = actor.mean(net, x, t, net.see(feature)) + std * torch.randn(4, 4, 7).clamp(-3, 3)
         if t <= tuned:
             want.append(x)
     assert chain.shape == (4, tuned + 1, 4, 7)
@@ -253,7 +259,7 @@ def test_exploration_noise_is_clipped(monkeypatch):
     feature = torch.zeros(2, FEATURE)
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 10.0))
     chain = actor.sample_chain(feature)
-    last = actor.mean(actor.net, chain[:, -2], 0, feature)
+    last = actor.mean(actor.net, chain[:, -2], 0, actor.net.see(feature))
     torch.testing.assert_close(chain[:, -1], last + 3 * 0.1)
 
 
@@ -262,7 +268,8 @@ def test_acting_adds_no_noise_at_the_last_step():
     actor = diwa.DiffusionActor(tiny(), FEATURE)
     feature = torch.randn(5, FEATURE)
     chain = actor.sample_chain(feature, explore=False)
-    torch.testing.assert_close(chain[:, -1], actor.mean(actor.net, chain[:, -2], 0, feature), rtol=0, atol=0)
+    last = actor.mean(actor.net, chain[:, -2], 0, actor.net.see(feature))
+    torch.testing.assert_close(chain[:, -1], last, rtol=0, atol=0)
     torch.manual_seed(1)
     chain = actor.sample_chain(feature, explore=False)
     torch.manual_seed(1)
@@ -280,7 +287,7 @@ def test_chain_logprob_by_hand(tuned):
     assert got.shape == (4, tuned)
     for j in range(tuned):
         t = tuned - 1 - j
-        mean = actor.mean(actor.net, chain[:, j], t, feature)
+        mean = actor.mean(actor.net, chain[:, j], t, actor.net.see(feature))
         want = Normal(mean, max(actor.std[t].item(), 0.1)).log_prob(chain[:, j + 1]).clamp(-5, 2).mean((1, 2))
         torch.testing.assert_close(got[:, j], want, atol=1e-4, rtol=1e-4)
 
