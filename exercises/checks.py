@@ -186,7 +186,8 @@ POSTERIOR_MEAN = Check(
 
 def chain_logprob(mean, std, chain, floor):
     steps = mean.shape[1]
-    actor = SimpleNamespace(ft_steps=steps, std=std.flip(0), mean=lambda *a: mean, net=None,
+    actor = SimpleNamespace(ft_steps=steps, std=std.flip(0), mean=lambda *a: mean,
+                            net=SimpleNamespace(see=lambda feature: feature),
                             cfg=SimpleNamespace(ft_std=floor))
     return diwa.DiffusionActor.chain_logprob(actor, mean[:, 0, 0], chain)
 

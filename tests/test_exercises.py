@@ -57,6 +57,18 @@ def test_another_wrong_answer_gets_the_hint_of_the_property_that_fails(name):
     assert "NoneType" in judged(lambda *a: None)
 
 
+def test_the_lecture_says_what_the_code_is(tmp_path):
+    """Its tables are those that the code prints, and its figures can be drawn."""
+    import lecture
+    page = (ROOT / "docs" / "LECTURE.md").read_text()
+    assert all(line in page for line in lecture.tables())
+    drawn = []
+    for draw in (lecture.draw_times, lecture.draw_model):
+        drawn.append(tmp_path / f"{draw.__name__}.png")
+        draw(lecture.diwa.Config(device="cpu"), drawn[-1])
+    assert all(path.stat().st_size > 5000 for path in drawn)
+
+
 def test_an_exercise_runs_from_anywhere(tmp_path):
     path = FOLDER / "10_gae.py"
     done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True)
