@@ -776,8 +776,9 @@ class DreamEnv:
         state = dict(h=h, z=sample_latent(post, self.cfg), command=command, target=target)
         if self.cfg.ft_twice:
             state.update(h2=h, z2=sample_latent(post, self.cfg))
-        # In units of the command, 0.1 m.  The feature's c is without it, or the policy would correct for it
-        shift = self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
+        # In units of the command, 0.1 m.  The feature's c is without it, or the policy would correct for it.
+        # Not where each target begins at the arm: the shift would come back with its pose, and add up
+        shift = self.wm.keeps_target * self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
 
