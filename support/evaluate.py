@@ -13,8 +13,8 @@ import calvin_sim
 from data import Recording
 from support import report
 from support.files import write_atomic
-from support.runs import (STAGES, changed_settings, first_seed, in_processes, load, load_file, load_heldout,
-                          make_sim, origin, output, read_log, seed_everything, sim_of, versions)
+from support.runs import (STAGES, apart, changed_settings, first_seed, in_processes, load, load_file,
+                          load_heldout, make_sim, origin, output, read_log, seed_everything, sim_of, versions)
 
 
 def evaluation_job(job):
@@ -28,7 +28,8 @@ def evaluation_job(job):
     sims = [make_sim(**sim_of(cfg)) for _ in range(max(len(group) for group in groups))]
     for group in groups:
         seed_everything("evaluate", group[0])
-        results += run_episodes(cfg, agent, sims[:len(group)], group, job["record"], job["draw"])
+        about = cfg, agent, sims[:len(group)], group, job["record"], job["draw"]
+        results += apart(run_episodes, *about) if cfg.sim == "calvin" else run_episodes(*about)
     for sim in sims:
         sim.close()
     return results

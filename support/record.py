@@ -9,8 +9,8 @@ from calvin_sim import TASKS
 from data import FIELDS, HELD_OUT, Dataset, frame_bytes, pack, save_part
 from support import expert
 from support.files import InputError, free_space, replace_folder, write_atomic, writing
-from support.runs import (RENDERERS, check_data, code, first_seed, in_processes, load, load_file, make_sim,
-                          origin, output, sim_of, versions)
+from support.runs import (RENDERERS, apart, check_data, code, first_seed, in_processes, load, load_file,
+                          make_sim, origin, output, sim_of, versions)
 
 
 def stage_play(cfg):
@@ -41,20 +41,27 @@ def stage_demos(cfg):
     shutil.rmtree(parts)
 
 
+def record_episode(sim, job):
+    """An episode of play, or a demonstration, to a file."""
+    if job["kind"] == "play":
+        episode = expert.play_episode(sim, job["seed"], job["length"])
+        solved = True
+    else:
+        episode, solved = expert.demo_episode(sim, job["kind"], job["seed"])
+    save_part(Path(job["path"]), dict(episode, solved=np.array(solved)))
+
+
 def record_job(job):
     """One simulator process records one episode to a file, unless it is there already."""
     path = Path(job["path"])
-    kind = job["kind"]
     if not path.exists():
         # one simulator a process
         sim = record_job.__dict__.setdefault("sim", None) or make_sim(**job["sim"])
         record_job.sim = sim
-        if kind == "play":
-            episode = expert.play_episode(sim, job["seed"], job["length"])
-            solved = True
+        if job["sim"]["sim"] == "calvin":                   # a tabletop begins anew of itself
+            apart(record_episode, sim, job)
         else:
-            episode, solved = expert.demo_episode(sim, kind, job["seed"])
-        save_part(path, dict(episode, solved=np.array(solved)))
+            record_episode(sim, job)
     with np.load(path) as part:
         return bool(part["solved"]), len(part["rel_actions"])
 

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -700,6 +701,42 @@ def in_processes(cfg, function, jobs, name):
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def apart(function, *args):
+    """function(*args) in a copy of this process -> its result, small enough to be sent.
+
+    Bullet solves contacts in an order that depends on what it solved before, and a restored state does not
+    restore that.  The copy (fork) begins where this process stands and takes its traces with it.  Only Linux
+    copies a process safely; elsewhere the function is simply called."""
+    if sys.platform != "linux":
+        return function(*args)
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def work():
+        calm_worker()
+        try:
+            send.send((function(*args), None))
+        except Exception as error:
+            send.send((None, error))
+
+    process = context.Process(target=work)
+    with warnings.catch_warnings():                         # a fork beside threads: ours only wait
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    send.close()                                            # so that its death is noticed
+    try:
+        result, error = receive.recv()
+    except EOFError as end:
+        raise InputError("a copy of a worker process died (killed, or for lack of memory?): free some memory "
+                         "or give fewer --workers, then type the same command again") from end
+    finally:
+        process.join()
+        receive.close()
+    if error:
+        raise error
+    return result
 
 
 def worker_context():

@@ -98,6 +98,29 @@ def test_a_killed_worker_ends_it_and_the_same_command_goes_on(again, stage, flag
     assert diwa.main([str(word) for word in words]) == 0
 
 
+TRACES = []
+
+
+def leave_a_trace(what):
+    """What a simulator does: it remembers."""
+    TRACES.append(what)
+    if what == "bad":
+        raise ValueError("said in the copy")
+    if what == "dead":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return len(TRACES), os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies a process safely")
+def test_a_copy_of_the_process_takes_its_traces_with_it():
+    first, second = runs.apart(leave_a_trace, 1), runs.apart(leave_a_trace, 2)
+    assert first[0] == second[0] == 1 and len({first[1], second[1], os.getpid()}) == 3 and not TRACES
+    with pytest.raises(ValueError, match="said in the copy"):
+        runs.apart(leave_a_trace, "bad")
+    with pytest.raises(data.InputError, match="copy of a worker process died"):
+        runs.apart(leave_a_trace, "dead")
+
+
 def test_a_script_without_a_main_guard_ends(tmp_path):
     script = tmp_path / "mine.py"
     flags = [*TINY, "--runs", str(tmp_path), "--stage", "demos", "--demo_count", "4"]
