@@ -39,7 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from calvin_sim import advance_target, success
+from calvin_sim import advance_target, success as task_rule
 from data import (STATE_SCALE, Recording, action_chunks, decode_pose, encode_command, encode_proprio,
                   window_starts)
 from support import evaluate, online, report
@@ -105,8 +105,8 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_gripper: float = 0.25        # weight of the gripper camera, which has 3/4 of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
     wm_state: float = 0.0           # weight of the scene's state, paper's hybrid (0: pixels; CALVIN: 100)
-    wm_inverse: float = 0.0         # weight of an action's guess from two embeddings (WAM: on; paper: 0)
-    wm_heads: int = 0               # more priors, which only show by disagreeing where the model is unsure
+    wm_inverse: float = 0.0         # weight of guessing the action between two embeddings (WAM; paper: 0)
+    wm_heads: int = 0               # more priors, for ft_doubt: no dream follows them
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
     # bc: the diffusion policy, section 3
     bc_actor: str = "diffusion"     # diffusion or gaussian
@@ -133,7 +133,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_play: float = 0.06           # and in this share of play, the frames most like a demonstration
     ft_shift: float = 0.006         # each dream misplaces the arm: std (m) in each of x, y, z (paper: 0)
     ft_twice: int = 0               # 1: success must show in a second draw of the dream's latents, too
-    ft_doubt: float = 0.0           # what such a disagreement takes from a chunk's reward
+    ft_doubt: float = 0.0           # what a std of 1 among the wm_heads takes from each chunk's reward
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
     ft_minibatches: int = 5         # a pass (paper: 1)
@@ -441,8 +441,7 @@ class WorldModel(nn.Module):
 
 def world_model_loss(wm, batch, cfg):
     """DreamerV2's loss without reward and discount heads, but with pose (and state), watched and dreamed."""
-    B, T = batch["action"].shape[:2]
-    device = batch["action"].device
+    (B, T), device = batch["action"].shape[:2], batch["action"].device
     context = None
     if cfg.wm_open:
         context = torch.randint(1, min(cfg.wm_context, T - 1) + 1, (B,), device=device)
@@ -451,26 +450,27 @@ def world_model_loss(wm, batch, cfg):
     times = torch.randperm(T, device=device)[:max(1, round(T * cfg.wm_decode))]           # decode only some
     seen = {k: v[:, times] for k, v in batch.items() if k in ("codes", "rgb_static", "rgb_gripper")}
     metrics = dict(kl=balanced_kl(post, prior, cfg).mean())
-    def told(f, counts, prefix=""):
-        """What features f tell of each frame, against the truth: a mean over frames that count [B, T]"""
-        parts = [("image", 1.0, wm.image_error(f[:, times], seen), counts[:, times])]
-        parts += [("pose", cfg.wm_proprio, 0.5 * (wm.proprio(f) - batch["proprio"]).square().sum(-1), counts)]
+    def reconstruction(f, mask, prefix=""):
+        """What features f tell of each frame, against the truth: mean over the frames of the mask [B, T]"""
+        parts = [("image", 1.0, wm.image_error(f[:, times], seen), mask[:, times])]
+        parts += [("pose", cfg.wm_proprio, 0.5 * (wm.proprio(f) - batch["proprio"]).square().sum(-1), mask)]
         if cfg.wm_state:
             error = 0.5 * (wm.state_head(f) - batch["state"]).square().sum(-1)
-            parts += [("state", cfg.wm_state, error, counts)]
-        for name, _, error, now in parts:
-            metrics[prefix + name] = (error * now).sum() / now.sum().clamp(min=1)
+            parts += [("state", cfg.wm_state, error, mask)]
+        for name, _, error, counts in parts:
+            metrics[prefix + name] = (error * counts).sum() / counts.sum().clamp(min=1)
         return sum(weight * metrics[prefix + name] for name, weight, *_ in parts)
-    loss = told(feature, torch.ones_like(feature[..., 0])) + cfg.wm_kl * metrics["kl"]
+    loss = reconstruction(feature, torch.ones_like(feature[..., 0])) + cfg.wm_kl * metrics["kl"]
     if cfg.wm_open:
-        loss = loss + cfg.wm_open * told(dreamed, torch.arange(T, device=device) >= context[:, None], "open_")
-    if cfg.wm_inverse:                                      # from pixels alone: proprioception says it
+        blind = torch.arange(T, device=device) >= context[:, None]                        # [B, T]
+        loss = loss + cfg.wm_open * reconstruction(dreamed, blind, "open_")
+    if cfg.wm_inverse:                                      # image parts alone: proprioception gives it away
         pixels = embedding[..., :-PROPRIO]
         guess = wm.inverse_head(torch.cat([pixels[:, :-1], pixels[:, 1:]], -1))
         metrics["inverse"] = (guess - batch["action"][:, 1:]).abs().mean()                # L1, as WAM
         loss = loss + cfg.wm_inverse * metrics["inverse"]
-    for prior in wm.more_priors:                            # nothing but they themselves learns from it
-        guess = prior(feature[..., :cfg.wm_h].detach())
+    for head in wm.more_priors:                             # nothing but they themselves learns from it
+        guess = head(feature[..., :cfg.wm_h].detach())
         loss = loss + cfg.wm_kl * kl_divergence(post.detach(), guess, cfg).mean()
     return loss, metrics
 
@@ -718,15 +718,15 @@ class Classifier(nn.Module):
         return (self(first, feature)[1].argmax(-1) == 1).float()
 
 class DecodedRule(Classifier):
-    """No classifier: the task's own rule, on the scene that the world model decodes (the paper's upper
-    variant).  A dream that is wrong of the scene is then believed."""
+    """No weights: the task's own rule, on the scene that the world model decodes (the paper's upper variant).
+    Where the decoded scene is wrong, so is the reward."""
     def __init__(self, cfg, wm):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)                            # and the lambda keeps wm's weights out of it
         self.scene = lambda feature: (wm.state_head(feature).cpu() * STATE_SCALE).numpy()
         self.task = cfg.task
 
     def forward(self, first, feature):
-        done = torch.from_numpy(success(self.task, self.scene(first), self.scene(feature)))
+        done = torch.from_numpy(task_rule(self.task, self.scene(first), self.scene(feature)))
         return None, F.one_hot(done.long().to(feature.device), 2).float()
 
 def build_classifier(cfg, wm):
@@ -776,8 +776,8 @@ class DreamEnv:
         state = dict(h=h, z=sample_latent(post, self.cfg), command=command, target=target)
         if self.cfg.ft_twice:
             state.update(h2=h, z2=sample_latent(post, self.cfg))
-        # In units of the command, 0.1 m.  The feature's c is without it, or the policy would correct for it.
-        # Not where each target begins at the arm: the shift would come back with its pose, and add up
+        # In units of the command, 0.1 m.  The model hears it; the feature's c is without, or the policy would
+        # correct for it.  0 where each target begins at the arm: with the arm's pose it would add up
         shift = self.wm.keeps_target * self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
@@ -793,7 +793,7 @@ class DreamEnv:
         age = self.state["age"] + 1
         shift = self.state["shift"]
         now, reward = dream_chunk(self.wm, self.classifier, self.state, first, executed(chunk), shift)
-        if self.cfg.ft_twice:                               # the same arm, dreamed again from the start on
+        if self.cfg.ft_twice:                               # other latents since the start; both succeed
             other = dict(self.state, h=self.state["h2"], z=self.state["z2"])
             other, again = dream_chunk(self.wm, self.classifier, other, first, executed(chunk), shift)
             now.update(h2=other["h"], z2=other["z"])
@@ -801,7 +801,7 @@ class DreamEnv:
         final = feature_of(now)                                                           # [B, D]
         terminated = reward > 0
         if self.cfg.ft_doubt:
-            guesses = torch.stack([prior(now["h"]) for prior in self.wm.more_priors])
+            guesses = torch.stack([head(now["h"]) for head in self.wm.more_priors])
             reward = reward - self.cfg.ft_doubt * guesses.std(0).mean(-1)
         truncated = (age >= self.cfg.ft_horizon) & ~terminated
         done = terminated | truncated

@@ -4,7 +4,7 @@ DPPO's trick: each of the last K' denoising steps draws from a Gaussian, so each
 can push.  Step j turned chain[:, j] into chain[:, j + 1], with the mean that you are given.  Three details
 decide whether it trains:
 
-    - the std is never below a floor: DDPM's own is 1e-10 at the last step;
+    - the std is never below a floor: DDPM's own is 0 at the last step;
     - each number's log-density is clamped to [-5, 2], so that no outlier dominates;
     - a chunk's H * A numbers are AVERAGED.
 

@@ -51,7 +51,7 @@ STRAIGHT_THROUGH = Check(
                  "one_hot has no gradient of its own: add something of value 0 that has one"),
     ],
     mistakes=[
-        ("one_hot alone has no gradient: the encoder would never learn which class is better",
+        ("the gradient is 0: one_hot alone has none, or two gradients of probs cancel; detach one of the two",
          lambda probs, one_hot: one_hot),
         ("these are the probabilities, no draw: a dream would go on with a blend of all classes",
          lambda probs, one_hot: probs),
@@ -88,7 +88,7 @@ KL_BALANCE = Check(
     properties=[
         Property("the value is KL(posterior || prior), whatever the balance",
                  lambda f: {f"the value at {share}": balanced(f, share, "kl") for share in (0.8, 0.3)},
-                 "the shares must sum to 1, and both terms are KL(posterior || prior)"),
+                 "both terms are KL(posterior || prior), one number a row, and their weights sum to 1"),
         Property("the prior gets `balance` of its gradient",
                  lambda f: {"the prior's gradient": balanced(f, 0.8, "prior")},
                  "the term weighted by `balance` is the one in which the posterior stands still"),
@@ -97,8 +97,8 @@ KL_BALANCE = Check(
                  "the term weighted by 1 - `balance` is the one in which the prior stands still"),
     ],
     mistakes=[
-        ("the shares are swapped: the posterior learns to say what is easy to foresee, four times as fast as "
-         "the prior learns to foresee",
+        ("the shares are swapped: now the posterior is pulled, four times as hard as the prior, to what is "
+         "easy to foresee",
          lambda kl, post, prior, balance: (balance * kl(post, prior.detach())
                                            + (1 - balance) * kl(post.detach(), prior))),
         ("nothing is detached, so both learn alike and balance does nothing",
@@ -113,7 +113,7 @@ KL_BALANCE = Check(
         ("everything is detached: a loss without a gradient",
          lambda kl, post, prior, balance: kl(post.detach(), prior.detach())),
     ],
-    lesson="At .8 the prior moves towards the posterior four times as fast as the other way round.",
+    lesson="At .8 the prior is pulled to the posterior with four times the weight of the other way round.",
 )
 
 
@@ -160,9 +160,12 @@ POSTERIOR_MEAN = Check(
     right=posterior_mean,
     properties=[
         Property("at the last step (t = 0) the mean is the clean chunk itself",
-                 lambda f: denoised(f, 0, 0.3), "at t = 0 bar_before is 1, so x_t's share is 0"),
-        Property("in the middle of the chain it lies between the guess and x_t",
+                 lambda f: denoised(f, 0, 0.3),
+                 "clean = (x - sqrt(1 - bar_t) noise) / sqrt(bar_t); at t = 0 bar_before is 1"),
+        Property("in the middle of the chain it mixes the guess and x_t",
                  lambda f: denoised(f, 9, 0.3), "bar_before is the product up to t - 1, bar_t up to t"),
+        Property("one step before the end, bar_before is no longer 1",
+                 lambda f: denoised(f, 1, 0.3), "at t = 1 bar_before is bar[0]; only at t = 0 it is 1"),
         Property("a guess outside [-1, 1] is clipped before it is used",
                  lambda f: denoised(f, 15, 3.0), "clip `clean`; the mean itself may lie outside"),
     ],
@@ -172,7 +175,8 @@ POSTERIOR_MEAN = Check(
         ("the mean is clipped instead of the guess of the clean chunk",
          mean_with(clip_guess=False, clip_mean=True)),
         ("noise enters with sqrt(1 - bar_t): its variance is 1 - bar_t", mean_with(root=False)),
-        ("bar_before must be the product up to t - 1: with bar_t no step arrives", mean_with(shift=1)),
+        ("bar_before must be the product up to t - 1: with bar_t some noise stays at t = 0",
+         mean_with(shift=1)),
         ("the two coefficients are swapped: the guess counts least when it is best", mean_with(swap=True)),
         ("this is the clean chunk's guess; one step goes only part of the way",
          lambda x, noise, t, beta: ((x - (1 - torch.cumprod(1 - beta, 0)[t]).sqrt() * noise)
@@ -192,19 +196,23 @@ def chain_logprob(mean, std, chain, floor):
     return diwa.DiffusionActor.chain_logprob(actor, mean[:, 0, 0], chain)
 
 
-def chained(f, std, floor, far=0.1):
-    mean = draw(2, 3, 4, 7)
+def chained(f, std, floor, far=0.1, gradient_too=False):
+    mean = draw(2, 3, 4, 7).requires_grad_()
     steps = mean + far * draw(2, 3, 4, 7, seed=2)
-    chain = torch.cat([draw(2, 1, 4, 7, seed=3), steps], 1)
-    return {"the log-probability": f(mean, torch.tensor(std), chain, floor)}
+    chain = torch.cat([draw(2, 1, 4, 7, seed=3), steps], 1).detach()
+    logp = f(mean, torch.tensor(std), chain, floor)
+    if gradient_too:
+        return {"the gradient of the mean": gradient(logp.sum(), mean)}
+    return {"the log-probability": logp}
 
 
-def logprob_with(average=True, floored=True, clamped=True, first=1, squared=True):
+def logprob_with(average=True, floored=True, clamped=True, first=1, squared=True, constant=True):
     def mistaken(mean, std, chain, floor):
         s = (std.clamp(min=floor) if floored else std)[:, None, None]
         x = chain[:, 1:] if first else chain[:, :-1]
         z = (x - mean) / s
-        logp = -0.5 * (z ** 2 if squared else (x - mean) ** 2 / s) - s.log() - 0.5 * math.log(2 * math.pi)
+        logp = -0.5 * (z ** 2 if squared else (x - mean) ** 2 / s) - s.log()
+        logp = logp - 0.5 * math.log(2 * math.pi) * constant
         logp = logp.clamp(-5, 2) if clamped else logp
         return logp.mean((-1, -2)) if average else logp.sum((-1, -2))
     return mistaken
@@ -216,20 +224,28 @@ CHAIN_LOGPROB = Check(
     properties=[
         Property("each step's Gaussian is asked about what that step drew, averaged over the chunk",
                  lambda f: chained(f, [0.4, 0.3, 0.2], 0.1),
-                 "step j has mean[:, j], std[j], and drew chain[:, j + 1]"),
+                 "-((x - mean) / std)^2 / 2 - log(std) - log(2 pi) / 2, of x = chain[:, j + 1] for step j"),
         Property("a std below the floor is lifted to it",
                  lambda f: chained(f, [0.4, 0.2, 1e-10], 0.1), "clamp std from below by `floor`"),
-        Property("a number's log-density stays within [-5, 2]",
+        Property("a number's log-density is at least -5",
                  lambda f: chained(f, [0.4, 0.2, 0.1], 0.1, far=1.0), "clamp before you average"),
+        Property("and at most 2, where a std is small",
+                 lambda f: chained(f, [0.05, 0.03, 0.02], 0.01, far=0.01),
+                 "clamp to [-5, 2], and use the floor that is given"),
+        Property("PPO can push the mean",
+                 lambda f: chained(f, [0.4, 0.3, 0.2], 0.1, gradient_too=True), "nothing may be detached"),
     ],
     mistakes=[
         ("a chunk's numbers are summed: the ratio leaves the clip range 28 times as soon",
          logprob_with(average=False)),
         ("without the floor the last step's density is a needle: a gradient that explodes or is clamped away",
          logprob_with(floored=False)),
-        ("without the clamp one far number decides the whole chunk's ratio", logprob_with(clamped=False)),
+        ("it is not clamped to [-5, 2]: one far number, or a tiny std, decides the whole chunk's ratio",
+         logprob_with(clamped=False)),
         ("this asks each step about its input: step j drew chain[:, j + 1]", logprob_with(first=0)),
         ("(x - mean) / std must be squared as a whole: you divide by std once", logprob_with(squared=False)),
+        ("a Gaussian's log-density also has -log sqrt(2 pi): a constant, but the clamp feels it",
+         logprob_with(constant=False)),
     ],
     lesson="A sum over 28 numbers makes the log-ratio 28 times as large: the same update is clipped at once.",
 )
@@ -262,7 +278,9 @@ NT_XENT = Check(
     right=diwa.nt_xent,
     properties=[
         Property("two classes: each row against the others of its class",
-                 contrast, "log-softmax over the others (not over itself), then a mean over the positives"),
+                 contrast,
+                 "s - logsumexp over the others, then minus the mean over the positives; nan is -inf times "
+                 "0 on the diagonal: mask the denominator only"),
         Property("the length of an embedding does not count",
                  lambda f: contrast(f, scale=3.0), "normalise to unit length first"),
         Property("tau divides the similarities",
@@ -272,7 +290,7 @@ NT_XENT = Check(
                  "divide by the number of positives + 1e-10, then average over all rows"),
     ],
     mistakes=[
-        ("the denominator contains the row itself, always the most similar: exp(1 / tau) drowns the rest",
+        ("the denominator contains the row itself, the most similar of all: no learning can lower that part",
          nt_xent_with(itself="denominator")),
         ("a row is not its own positive: it would be rewarded for being like itself",
          nt_xent_with(itself="positive")),
@@ -372,7 +390,7 @@ CLIP_SCHEDULE = Check(
     ],
     mistakes=[
         ("this grows linearly: half-way it allows twice as much as the exponential", grown(lambda x: x)),
-        ("it runs backwards: the noisiest step comes first and has the tightest range",
+        ("it runs backwards: the noisiest step, which comes first, must have the tightest range",
          grown(lambda x: (torch.exp(3 * (1 - x)) - 1) / (math.exp(3) - 1))),
         ("a geometric series is exponential, too, but not this one", lambda first, last, steps:
          first * (last / first) ** along(steps)),

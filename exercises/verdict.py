@@ -50,9 +50,10 @@ def attempt(property, function):
     except NotImplementedError:
         return EMPTY
     except Exception as error:                              # a student's code may fail in any way
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}, line {place.lineno}: {place.line}"
-        return f"it stops with {type(error).__name__}: {error} ({where})"
+        file = function.__code__.co_filename                # the last line there; torch's own say little
+        places = [one for one in traceback.extract_tb(error.__traceback__) if one.filename == file]
+        where = f" ({Path(file).name}, line {places[-1].lineno}: {places[-1].line})" if places else ""
+        return f"it stops with {type(error).__name__}: {error}{where}"
 
 
 def difference(got, want):
@@ -88,13 +89,24 @@ def verdict(check, function):
     if not any(problems):
         return True, [f"{check.name}: right, as in diwa.py.", *lines, "", check.lesson]
     failed = next(i for i, problem in enumerate(problems) if problem)
-    hint = check.properties[failed].hint
+    lines = [f"{check.name}: not yet.", *lines, "", f"  {problems[failed]}"]
+    if "differ" in problems[failed]:                        # else it says itself what is wrong
+        lines.append(f"  Hint: {recognised(check, got, failed) or check.properties[failed].hint}")
+    return False, lines
+
+
+def recognised(check, got, failed):
+    """The hint of the known mistake with the same answers, everywhere or at least where it first fails."""
+    partly = None
     for words, mistaken in check.mistakes:
         same = [attempt(one, mistaken) for one in check.properties]
-        if not any(isinstance(a, str) or difference(a, b) for a, b in zip(got, same)):
-            hint = words
-            break
-    return False, [f"{check.name}: not yet.", *lines, "", f"  {problems[failed]}", f"  Hint: {hint}"]
+        alike = [not isinstance(a, str) and not isinstance(b, str) and not difference(a, b)
+                 for a, b in zip(got, same)]
+        if all(alike):
+            return words
+        if alike[failed] and not partly:
+            partly = words
+    return partly
 
 
 def judge(path):

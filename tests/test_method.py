@@ -1311,7 +1311,7 @@ def test_a_dream_misplaces_the_arm_unseen():
     torch.testing.assert_close(told - final[:, -7:], shift)
     still = ~(env.state["age"] == 0)
     assert torch.equal(env.state["shift"][still], shift[still])
-    wm.keeps_target.zero_()            # the target begins at the believed pose, in which the shift would return
+    wm.keeps_target.zero_()            # the target begins at the believed pose, where the shift would return
     env.reset()
     assert env.state["shift"].abs().max() == 0
 
