@@ -657,7 +657,7 @@ HEALTHY = {  # (stage, metric): a little wider than where the runs in docs/resul
     ("reward", "contrast"): (4.8, 5.5, "NT-Xent; log of the batch at the start"),
     ("reward", "entropy"): (0, 0.06, "cross-entropy; .69: nothing learned, near 0: pairs by heart"),
     ("finetune", "anchor"): (-0.23, -0.215, "minus log-likelihood of cloned chains; rising: it drifts off"),
-    ("finetune", "kl"): (3e-5, 5e-5, "change of the policy in one iteration; a jump: lower --ft_actor_lr"),
+    ("finetune", "kl"): (2.5e-5, 5e-5, "change of the policy in one iteration; a jump: lower --ft_actor_lr"),
     ("finetune", "clipped"): (0.08, 0.16, "share of clipped ratios; 0: it hardly learns, 1: too long steps"),
     ("finetune", "explained"): (0.6, 0.9, "share of the returns' variance that the critic foresees"),
 }
