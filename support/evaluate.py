@@ -29,7 +29,7 @@ def evaluation_job(job):
     for group in groups:
         seed_everything("evaluate", group[0])
         about = cfg, agent, sims[:len(group)], group, job["record"], job["draw"]
-        results += apart(run_episodes, *about) if cfg.sim == "calvin" else run_episodes(*about)
+        results += apart(cfg.sim, run_episodes, *about)
     for sim in sims:
         sim.close()
     return results

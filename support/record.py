@@ -58,10 +58,7 @@ def record_job(job):
         # one simulator a process
         sim = record_job.__dict__.setdefault("sim", None) or make_sim(**job["sim"])
         record_job.sim = sim
-        if job["sim"]["sim"] == "calvin":                   # a tabletop begins anew of itself
-            apart(record_episode, sim, job)
-        else:
-            record_episode(sim, job)
+        apart(job["sim"]["sim"], record_episode, sim, job)
     with np.load(path) as part:
         return bool(part["solved"]), len(part["rel_actions"])
 

@@ -114,7 +114,7 @@ def parse(argv, config, presets, description, epilog):
     if given.get("run") == "":
         raise InputError("--run '' names no folder: give it a name, or leave --run out")
     saved = Path(given.get("runs", "runs")) / given.get("run", preset) / "config.json"
-    settings = {**BY_SIMULATOR.get(given.get("sim"), {}), **presets[preset]}
+    settings = usual_settings(presets, preset, given.get("sim"))
     if "preset" not in given and exists(saved):             # a run remembers its settings; flags still win
         settings = saved_settings(saved, fields)
         preset = settings.get("preset", preset)
@@ -183,11 +183,16 @@ def saved_settings(path, fields):
     return {name: types[name](value) for name, value in settings.items() if name not in forgotten}
 
 
+def usual_settings(presets, preset, sim):
+    """What a preset and a simulator set, where no flag does; the preset wins."""
+    return {**BY_SIMULATOR.get(sim, {}), **presets[preset]}
+
+
 def changed_settings(cfg):
     """In what a run differs from `--preset ... --sim ...` alone -> {name: value}
 
     Not counted: what it is called, where it runs, its task and seed, and how often it is tried."""
-    usual = type(cfg)(**{**BY_SIMULATOR.get(cfg.sim, {}), **PRESETS[cfg.preset]})
+    usual = type(cfg)(**usual_settings(PRESETS, cfg.preset, cfg.sim))
     aside = {field.name for field in dataclasses.fields(RunSettings)} - {"data", "image_size"}
     aside |= {"task", "seed", "eval_episodes", "eval_curve", "eval_official", "online_steps"}
     names = [field.name for field in dataclasses.fields(cfg) if field.name not in aside]
@@ -703,13 +708,13 @@ def in_processes(cfg, function, jobs, name):
         pool.shutdown(cancel_futures=True)
 
 
-def apart(function, *args):
-    """function(*args) in a copy of this process -> its result, small enough to be sent.
+def apart(sim, function, *args):
+    """function(*args), with calvin_env in a copy of this process -> its result, small enough to be sent.
 
     Bullet solves contacts in an order that depends on what it solved before, and a restored state does not
-    restore that.  The copy (fork) begins where this process stands and takes its traces with it.  Only Linux
-    copies a process safely; elsewhere the function is simply called."""
-    if sys.platform != "linux":
+    restore that; a tabletop is built anew.  The copy (fork) begins where this process stands and takes its
+    traces with it.  Only Linux copies a process safely; elsewhere the function is simply called."""
+    if sim != "calvin" or sys.platform != "linux":
         return function(*args)
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)

@@ -113,12 +113,12 @@ def leave_a_trace(what):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux copies a process safely")
 def test_a_copy_of_the_process_takes_its_traces_with_it():
-    first, second = runs.apart(leave_a_trace, 1), runs.apart(leave_a_trace, 2)
+    first, second = runs.apart("calvin", leave_a_trace, 1), runs.apart("calvin", leave_a_trace, 2)
     assert first[0] == second[0] == 1 and len({first[1], second[1], os.getpid()}) == 3 and not TRACES
     with pytest.raises(ValueError, match="said in the copy"):
-        runs.apart(leave_a_trace, "bad")
+        runs.apart("calvin", leave_a_trace, "bad")
     with pytest.raises(data.InputError, match="copy of a worker process died"):
-        runs.apart(leave_a_trace, "dead")
+        runs.apart("calvin", leave_a_trace, "dead")
 
 
 def test_a_script_without_a_main_guard_ends(tmp_path):
