@@ -75,6 +75,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_bc: float = 0.05             # alpha_BC, pull to the cloned policy (paper: .05; ten demos: .01)
     # play: task-agnostic interaction, the world model's only food
     play_episode: int = 250         # frames of one episode
+    play_tasks: str = "all"         # what play tries, comma-separated (preset class: one fixture's two)
     play_replay: int = 20           # demonstrations of each task that only judge world model and classifier
     # wm: the world model, section 2
     wm_stride: int = 2              # control steps that one step of the model spans (paper: 1)
@@ -1183,8 +1184,7 @@ def deploy(*flags):
 
 def stage_eval(cfg):
     """Before and after from the same start states: only here does the tuned policy meet a simulator."""
-    work = evaluate.one_policy if cfg.policy else evaluate.before_and_after
-    work(cfg, load_agent)
+    (evaluate.one_policy if cfg.policy else evaluate.before_and_after)(cfg, load_agent)
 
 def stage_report(cfg):
     evaluate.write_report(cfg, load_agent)                  # tables and pictures

@@ -269,12 +269,12 @@ def demo_episode(sim, task_name, seed, max_steps=120):
     return recorder.episode(), last is not None
 
 
-def _next_task(scene, last, rng):
+def _next_task(scene, last, rng, tasks):
     """What a playing person tries next: often the same thing back again, seldom what cannot work."""
-    options = list(TASKS)
+    options = tasks
     draw = rng.random()
     if draw < 0.96:
-        options = [name for name in TASKS if possible(name, scene)]
+        options = [name for name in tasks if possible(name, scene)] or tasks
     if draw < 0.45 and last is not None:
         options = [name for name in options if TASKS[name].index == TASKS[last].index] or options
     likings = {LED: 2.0, BULB: 2.2, SLIDER: 2.0, DRAWER: 1.2}
@@ -282,16 +282,16 @@ def _next_task(scene, last, rng):
     return options[rng.choice(len(options), p=liking / liking.sum())]
 
 
-def play_episode(sim, seed, length):
+def play_episode(sim, seed, length, tasks=tuple(TASKS)):
     """`length` frames of play, half of the attempts near misses or misses -> episode of arrays [length, ...].
 
-    A function of the seed."""
+    A function of the seed and of the tasks that are tried."""
     rng = np.random.default_rng([seed, 0, 2])
     name = None
-    recorder = _Recorder(sim, sample_start(list(TASKS)[rng.integers(len(TASKS))], rng))
+    recorder = _Recorder(sim, sample_start(tasks[rng.integers(len(tasks))], rng))
     while recorder.length < length:
         before = recorder.obs["scene_obs"]
-        name = _next_task(before, name, rng)
+        name = _next_task(before, name, rng, tasks)
         error = rng.uniform(0.01, 0.12) if rng.random() < 0.5 else 0.0
         expert = Expert(name, rng, error, haste=rng.uniform(1.4, 2.8), touch=rng.uniform(0.4, 0.95))
         expert.skip_ahead(recorder.obs["robot_obs"], before)

@@ -13,6 +13,9 @@ PRESETS = {
         reward_hidden=512, reward_lr=1e-6, reward_updates=20_000, ft_iterations=770, ft_dreams=50,
         ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_shift=0.0, ft_epochs=10, ft_minibatches=1,
         ft_actor_lr=1e-5, ft_gamma=0.999, ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
+    "class": dict(
+        play_frames=40_000, play_tasks="move_slider_left,move_slider_right", wm_updates=1500, bc_updates=2000,
+        reward_updates=750, ft_iterations=18, ft_snapshot=3),
     "smoke": dict(
         play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64,
         wm_embed=64, wm_z=16, wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150,

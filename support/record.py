@@ -5,27 +5,27 @@ from pathlib import Path
 
 import numpy as np
 
-from calvin_sim import TASKS
 from data import FIELDS, HELD_OUT, Dataset, frame_bytes, pack, save_part
 from support import expert
 from support.files import InputError, free_space, replace_folder, write_atomic, writing
 from support.runs import (RENDERERS, apart, check_data, code, first_seed, in_processes, load, load_file,
-                          make_sim, origin, output, sim_of, versions)
+                          make_sim, origin, output, play_tasks, sim_of, versions)
 
 
 def stage_play(cfg):
-    """Task-agnostic play for the world model, and demonstrations of all eight tasks that only ever judge."""
+    """Task-agnostic play for the world model, and demonstrations of the same tasks, which only ever judge."""
     folder = output(cfg, "play")
     if cfg.data:
         return use_given_play(cfg, folder)
     parts = folder.with_name("play.parts")
     episodes = max(10, cfg.play_frames // cfg.play_episode)
     wanted = {"play": (first_seed(cfg, "play"), episodes, cfg.play_episode)}
-    for task in TASKS:
+    tasks = play_tasks(cfg)
+    for task in tasks:
         wanted[task] = first_seed(cfg, "heldout", task), cfg.play_replay, 0
     good = record(cfg, parts, wanted)
     if cfg.play_replay:
-        pack_recorded(cfg, "play", folder.with_name("replay"), {task: good[task] for task in TASKS})
+        pack_recorded(cfg, "play", folder.with_name("replay"), {task: good[task] for task in tasks})
     pack_recorded(cfg, "play", folder, {"play": good["play"]})
     shutil.rmtree(parts)
 
@@ -44,7 +44,7 @@ def stage_demos(cfg):
 def record_episode(sim, job):
     """An episode of play, or a demonstration, to a file."""
     if job["kind"] == "play":
-        episode = expert.play_episode(sim, job["seed"], job["length"])
+        episode = expert.play_episode(sim, job["seed"], job["length"], job["tasks"])
         solved = True
     else:
         episode, solved = expert.demo_episode(sim, job["kind"], job["seed"])
@@ -79,7 +79,8 @@ def record(cfg, parts, wanted):
             missing = count - len(good[kind])
             for seed in range(first + tried[kind], first + tried[kind] + missing):
                 path = str(parts / f"{kind}_{seed}.npz")
-                jobs.append(dict(path=path, kind=kind, seed=seed, length=length, sim=sim_of(cfg)))
+                jobs.append(dict(path=path, kind=kind, seed=seed, length=length, sim=sim_of(cfg),
+                                 tasks=play_tasks(cfg)))
             tried[kind] += missing
             if tried[kind] > 3 * count + 20:
                 raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts "

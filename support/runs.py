@@ -64,7 +64,7 @@ class RunSettings:
     """What a run is called, where it lies and on what it runs; the method's settings are diwa.Config's."""
     # the run
     stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report; online; or all
-    preset: str = "auto"            # cpu, gpu, paper or smoke; auto = gpu where CUDA is, else cpu
+    preset: str = "auto"            # cpu, gpu, paper, class or smoke; auto = gpu where CUDA is, else cpu
     run: str = ""                   # name of the run folder; default: the preset's name
     runs: str = "runs"              # where run folders are kept
     device: str = "auto"            # cpu, cuda or auto
@@ -831,6 +831,11 @@ def check_config(cfg):
     if cfg.sim == "calvin":
         calvin_real.import_calvin_env(cfg.calvin_root)      # now, not after hours of training
     given = check_data(cfg) if cfg.data else None
+    for task in play_tasks(cfg):
+        known(task, calvin_sim.TASKS, "play_tasks")
+    if not given and cfg.task in calvin_sim.TASKS and cfg.task not in play_tasks(cfg):
+        raise InputError(f"play that tries only {cfg.play_tasks} teaches nothing of {cfg.task}: "
+                         f"give --play_tasks {cfg.play_tasks},{cfg.task}, or all")
     tasks = tasks_of(cfg)
     if given and cfg.task not in [*tasks, "all"]:
         raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone: "
@@ -901,11 +906,17 @@ def check_config(cfg):
     return cfg
 
 
+def play_tasks(cfg):
+    """The tasks that recorded play tries, and that the world model is judged by."""
+    return list(calvin_sim.TASKS) if cfg.play_tasks == "all" else cfg.play_tasks.split(",")
+
+
 def tasks_of(cfg):
     """The tasks that a run can be about.
 
-    The eight of CALVIN; of a recording, those that it has segments of (and the simulator, if any, knows)."""
-    recorded = []
+    Those that its play tries, by default CALVIN's eight; of a recording, those that it has segments of (and
+    the simulator, if any, knows)."""
+    recorded = play_tasks(cfg)
     if cfg.data:
         recorded = list(dict.fromkeys(task for task, _, _ in Dataset(cfg.data).segments))
     known_ones = [task for task in calvin_sim.TASKS if task in recorded or not recorded]

@@ -218,6 +218,8 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     (["--reward_labels", "state"], ["--wm_state 100"]),
     (["--ft_doubt", "1"], ["--wm_heads 5"]),
     (["--wm_heads", "1"], ["--wm_heads 5"]),
+    (["--preset", "class", "--task", "open_drawer"], ["--play_tasks move_slider_left,move_slider_right,"]),
+    (["--play_tasks", "open_drawer,close"], ["--play_tasks close", "close_drawer"]),
 ])
 def test_bad_input_is_one_sentence(done, capsys, flags, words):
     assert diwa.main([*TINY, "--runs", str(done), *flags]) == 2

@@ -149,6 +149,15 @@ def test_episode_is_a_function_of_its_seed(sim):
     fresh.close()
 
 
+def test_play_about_one_fixture(sim):
+    """--play_tasks: only these are tried, so nothing else moves or shines but by accident; the door does."""
+    about = ("move_slider_left", "move_slider_right")
+    episodes = [expert.play_episode(sim, seed, 250, about)["scene_obs"] for seed in range(4)]
+    change = np.concatenate([np.abs(np.diff(scene[:, :6], axis=0)) for scene in episodes])
+    moved = change.sum(0)
+    assert moved[cs.SLIDER] > 1 and moved[cs.DRAWER] < 0.02 and moved[cs.SWITCH] < 0.02
+
+
 def test_play_has_misses_of_every_size(sim, monkeypatch):
     """About half of the attempts are displaced by 1 to 12 cm, mostly to where the handle should go, and the
     pace at the handle varies: what play has not shown, no dream knows."""
