@@ -783,7 +783,7 @@ def make_sim(sim, image_size, calvin_root):
 # --- settings that cannot work ------------------------------------------------------------------------------
 
 CHOICES = {
-    "sim": ("tabletop", "calvin", "none"),
+    "sim": tuple(RENDERERS),
     "device": ("auto", "cpu", "cuda"),
     "stage": (*STAGES, "report", "all"),
     "wm_encoder": ("linear", "conv"),
