@@ -380,6 +380,7 @@ def together(rows, official):
     before, after, dream = (np.array([np.mean(r[k]) for r in rows]) for k in ("before", "after", "dream"))
     pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
     share = mean_share([share for r in rows for share in r["replay_share"].values()])
+    judged = max(len(r["replay_share"]) for r in rows)
     gap = 100 * np.abs(dream - after).mean()
     sentence = (f"Fine-tuning removed {removed(*pairs)} of what cloning fails "
                 "(paper: DiWA 64 %, WAM about 80 %); "
@@ -390,7 +391,7 @@ def together(rows, official):
                      "than the last one, on the learning curve's starts")
     mean_line = (f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} "
                  f"| {difference(*pairs)[0]} " + f"| {from_official(rows)} " * official +
-                 f"| {opinion(rows)} | {share} (all eight) "
+                 f"| {opinion(rows)} | {share} ({'all eight' if judged == 8 else f'all {judged}'}) "
                  f"| {pooled_trust(rows)} | | | |")
     return [mean_line, "", sentence + "."]
 

@@ -479,12 +479,14 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 def half_precision(device, wanted):
     """bfloat16 for the matrices and convolutions of a `with` block, if the device has it; what sums stays in
     float32."""
-    able = False
-    if wanted and device == "cuda":
-        able = torch.cuda.get_device_capability()[0] >= 8
-    elif wanted:
-        able = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return torch.autocast(device, torch.bfloat16, enabled=able)
+    return torch.autocast(device, torch.bfloat16, enabled=bool(wanted) and has_bfloat16(device))
+
+
+def has_bfloat16(device):
+    """Does it multiply matrices of bfloat16 faster than others?"""
+    if device == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 class Updates:
@@ -979,6 +981,7 @@ REFERENCE = {  # minutes of each stage at the defaults, on two cores of a server
     "tabletop": dict(play=3.8, demos=0.1, wm=13, bc=0.3, reward=0.5, finetune=2, eval=1.2),
     "calvin": dict(play=35, demos=0.9, wm=15, bc=0.5, reward=0.8, finetune=2.8, eval=8),
 }
+BFLOAT16_GAIN = 1.8               # times the updates a second (docs/EXPERIMENTS.md, "Faster training?")
 GROWS_WITH = dict(
     play=["play_frames"],
     demos=["demo_count"],
@@ -999,6 +1002,8 @@ def expectation(cfg, tasks):
     for stage, reference in REFERENCE[cfg.sim].items():
         factors = [getattr(cfg, name) / defaults[name] for name in GROWS_WITH[stage]]
         minutes[stage] = reference * math.prod(factors)
+    if cfg.wm_bf16 and has_bfloat16(cfg.device):
+        minutes["wm"] /= BFLOAT16_GAIN
     shared = {stage: minutes[stage] for stage in ("play", "wm")}
     each = {stage: value for stage, value in minutes.items() if stage not in shared}
     total = sum(shared.values()) + tasks * sum(each.values())

@@ -32,7 +32,8 @@ def test_the_recipes_run_together(tmp_path):
         elif text.startswith("# "):
             name, text = text.split("\n", 1)
             (folder / name.removeprefix("# ")).write_text(text)
-    flags = [*TINY, *HASTY, "--sim", "point", "--task", "led_while_open", "--ft_effort", "0.5"]
+    flags = [*TINY, *HASTY, "--sim", "point", "--task", "led_while_open",
+             "--ft_effort", "0.5", "--play_tasks", "turn_off_led,led_while_open", "--play_frames", "500"]
     run = subprocess.run([sys.executable, "diwa.py", *flags], cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "success in the simulator" in run.stdout

@@ -412,13 +412,15 @@ def test_a_finished_policy_is_deployed_by_its_run(done):
 
 
 def test_a_simulator_brings_its_own_settings(tmp_path):
-    """--sim calvin has the scene's state as a target and strict labels, unless the preset, the command or the
-    run says otherwise."""
+    """--sim calvin has the scene's state as a target, strict labels and twice the updates in bfloat16, unless
+    the preset, the command or the run says otherwise."""
     def settings(*flags):
         cfg = runs.parse(["--runs", str(tmp_path), *flags], diwa.Config, diwa.PRESETS, "", "")
         return cfg.wm_state, cfg.reward_labels
 
     assert settings() == (0, "unlabelled") and settings("--sim", "calvin") == (100, "strict")
+    cfg = runs.parse(["--runs", str(tmp_path), "--sim", "calvin"], diwa.Config, diwa.PRESETS, "", "")
+    assert (cfg.wm_updates, cfg.wm_bf16) == (18_000, 1)
     assert settings("--sim", "calvin", "--preset", "smoke") == (100, "strict")
     assert settings("--sim", "calvin", "--preset", "paper") == (100, "demos")
     assert settings("--sim", "calvin", "--reward_labels", "demos", "--wm_state", "0") == (0, "demos")
@@ -428,7 +430,7 @@ def test_a_simulator_brings_its_own_settings(tmp_path):
     assert settings("--run", "old", "--sim", "calvin") == (0, "unlabelled")
 
 
-def test_a_run_says_what_it_will_take():
+def test_a_run_says_what_it_will_take(monkeypatch):
     """Minutes and GB at the start, scaled from measured ones by the settings they grow with; nothing where
     nothing was measured."""
     def line(*flags):
@@ -440,6 +442,9 @@ def test_a_run_says_what_it_will_take():
     assert "play 1.9, wm 26.0;" in line(*words, "--play_frames", "90000", "--wm_updates", "18000")
     assert "eval 0.6;" in line(*words, "--eval_episodes", "50")
     assert line(*words, "--wm_encoder", "conv") == ""
+    for able, minutes in ((True, 7.2), (False, 13.0)):
+        monkeypatch.setattr(runs, "has_bfloat16", lambda device: able)
+        assert f"wm {minutes};" in line(*words, "--wm_bf16", "1")
 
 
 class Staring:
