@@ -7,16 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
+import conftest
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "exercises"
 sys.path.insert(0, str(FOLDER))
+import lab
 import verdict
 from checks import CHECKS
 
+EXPERIMENTS = [path.stem for path in sorted(FOLDER.glob("[0-9]*.py")) if "PREDICTION" in path.read_text()]
 
-def test_each_exercise_has_a_check_and_a_solution():
+
+def test_twelve_exercises_each_with_a_check_or_an_experiment_and_a_solution():
     named = sorted(path.stem for path in FOLDER.glob("[0-9]*.py"))
-    assert named == sorted(CHECKS) == sorted(path.stem for path in (FOLDER / "solutions").glob("*.py"))
+    assert [name[:2] for name in named] == [f"{i:02d}" for i in range(1, 13)]
+    assert named == sorted([*CHECKS, *EXPERIMENTS])
+    assert named == sorted(path.stem for path in (FOLDER / "solutions").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -108,3 +115,47 @@ def test_an_exercise_runs_from_anywhere(tmp_path):
     path = FOLDER / "10_gae.py"
     done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "nothing is there yet" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_asks_for_predictions_and_compares_them(name, done, tmp_path, capsys):
+    """On a tiny run, whose numbers mean nothing: without predictions it asks for them; with the solution's it
+    trains its variants beside the run, which stays as it was, and shows each number beside ours."""
+    folder = conftest.copy_run(done, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "smoke").rglob("*")}
+    flags = ["--runs", str(folder), "--run", "smoke", "--starts", "2"]
+    flags += ["--ft_iterations", "2", "--eval_steps", "8"]
+    assert lab.judge(FOLDER / "solutions" / f"{name}.py", flags) == 0
+    out = capsys.readouterr().out
+    solution = verdict.load(FOLDER / "solutions" / f"{name}.py")
+    assert all(f"| {key}: " in out for key in solution.SEEN) and solution.__doc__.strip() in out
+    assert {path: path.stat().st_mtime_ns for path in (folder / "smoke").rglob("*")} == before
+    assert lab.judge(FOLDER / f"{name}.py", flags) == 1
+    assert "write down first what you expect" in capsys.readouterr().out
+
+
+def test_an_experiment_says_what_is_wrong(tmp_path, capsys):
+    flags = ["--runs", str(tmp_path), "--run", "class"]
+    assert lab.judge(FOLDER / "solutions" / "04_noise_schedule.py", flags) == 2
+    assert "--preset class', or" in capsys.readouterr().out
+    exercise = verdict.load(FOLDER / "04_noise_schedule.py")
+    solution = verdict.load(FOLDER / "solutions" / "04_noise_schedule.py")
+    exercise.PREDICTION = dict(solution.PREDICTION)
+    assert lab.missing(exercise) is None
+    for wrong in ("70 %", 101, -1, float("nan")):
+        exercise.PREDICTION["linear"] = wrong
+        assert "give a number from 0 to 100" in lab.missing(exercise)
+    bug = verdict.load(FOLDER / "12_planted_bug.py")
+    bug.PREDICTION = dict(bug.PREDICTION, A="sick")
+    assert "'sick': choose one of 'healthy'" in lab.missing(bug)
+
+
+def test_predictions_are_compared_with_what_was_seen():
+    exercise = verdict.load(FOLDER / "04_noise_schedule.py")
+    solution = verdict.load(FOLDER / "solutions" / "04_noise_schedule.py")
+    solution.SEEN = dict(cosine=[50, 60, 70], stretched=[50, 60, 70], linear=[10, 14, 20])
+    exercise.PREDICTION = dict(cosine=62, stretched=20, linear=100)
+    lines = lab.compare(exercise, solution, dict(cosine=55.0, stretched=65.0, linear=90.0))
+    assert lines[3].endswith("| 62 % | 55 % | 50, 60, 70 % | near |")
+    assert lines[4].endswith("| off by 45 |")
+    assert "off by 10; and here is unlike ours" in lines[5] or "near; and here is unlike ours" in lines[5]

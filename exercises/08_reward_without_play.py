@@ -1,0 +1,36 @@
+"""Exercise 8, an experiment: a reward that has never seen play (diwa.py, section 4, reward_pairs)
+
+The paper's classifier learns from demonstrations alone: their ends are success, what comes before is not.
+Ours also sees play, without labels, as what success does not look like.  In demonstrations the arm is always
+where a success leaves it, and the door always open.  PPO will try all that the classifier takes for success.
+
+`--reward_labels demos` leaves play out.  A judge first: recorded attempts of held-out play, dreamed again;
+what share of the failures does each classifier take for a success?  Then a policy that practises 54
+iterations for what such a reward pays, three times as long as the class run: how often does it succeed in
+the simulator, and how often in its dream?  Write it down in percent, and run it: three minutes.
+
+    python exercises/08_reward_without_play.py
+"""
+import sys
+
+from lab import dreamed, judge, success
+
+PREDICTION = dict(believed=None, without_play_believed=None, without_play_simulator=None,
+                  without_play_dream=None)
+WHAT = dict(believed="recorded failures believed, by the usual reward",
+            without_play_believed="by a reward that has seen no play",
+            without_play_simulator="the policy that it pays: in the simulator",
+            without_play_dream="the same policy, in its dream")
+FLAGS = "--reward_labels", "demos", "--ft_iterations", "54"
+
+
+def experiment(lab):
+    seen = dict(believed=lab.believed(lab.cfg()))
+    cfg = lab.variant("demos", *FLAGS, stages=["reward", "finetune"])
+    seen["without_play_believed"] = lab.believed(cfg)
+    episodes = lab.episodes(cfg, "tuned")
+    return dict(seen, without_play_simulator=success(episodes), without_play_dream=dreamed(episodes))
+
+
+if __name__ == "__main__":
+    sys.exit(judge(__file__))

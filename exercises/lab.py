@@ -1,0 +1,200 @@
+"""lab.py: what the experiments among the exercises need: variants of a class run, and their success.
+
+An experiment begins with your prediction, and is worth nothing without.  It then trains variants of a run
+(python diwa.py --stage all --preset class, five minutes) in folders of their own beside it, prints each
+command that it gives, so that you can give it yourself, and compares.
+"""
+import argparse
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from verdict import HERE, load                              # which also finds diwa.py
+
+import calvin_sim
+import diwa
+from support import evaluate
+from support.files import InputError
+from support.presets import PRESETS
+from support.runs import check_config, load_file, parse, read_log
+
+
+class Lab:
+    """A finished run, and what an experiment may do with copies of it."""
+
+    def __init__(self, runs, run, starts, more=()):
+        """more: flags of diwa.py that hold for every variant"""
+        self.runs = Path(runs)
+        self.run = run
+        self.starts = starts
+        self.more = more
+        folder = self.runs / run
+        for needed in ("config.json", "wm.pt", "eval_*.json"):
+            if not list(folder.glob(needed)):
+                raise InputError(f"{folder / needed} is missing, and experiments are about a finished run: "
+                                 "type 'python diwa.py --stage all --preset class', or give another --run")
+        self.task = load_file(folder / "config.json")["settings"]["task"]
+
+    def cfg(self, name="", *flags):
+        """The settings of the run, or of its variant."""
+        words = [*self.where(name), *flags, *(self.more if name else ())]
+        return check_config(parse(words, diwa.Config, PRESETS, "", ""))
+
+    def where(self, name):
+        run = f"{self.run}_{name}" if name else self.run
+        return ["--runs", str(self.runs), "--run", run, "--task", self.task]
+
+    def variant(self, name, *flags, stages, change=None):
+        """Do these stages anew in a copy of the run, with other flags, or with `change` = {name in diwa.py:
+        something else} -> the settings of the copy"""
+        source, folder = self.runs / self.run, self.runs / f"{self.run}_{name}"
+        worlds = [path / "wm.pt" for path in (source, folder)]
+        if folder.exists() and not (worlds[1].exists() and len({w.stat().st_mtime_ns for w in worlds}) == 1):
+            shutil.rmtree(folder)                           # of an older run of that name, or torn
+        if not folder.exists():
+            copy_run(source, folder, [f"{stage}_{self.task}" for stage in stages])
+        with changed(change or {}):
+            for stage in stages:
+                words = [*self.where(name), "--stage", stage, *flags, *self.more]
+                print(f"\npython diwa.py {' '.join(words)}", flush=True)
+                if diwa.main(words):
+                    raise SystemExit(2)
+        return self.cfg(name, *flags)
+
+    def episodes(self, cfg, policy, change=None):
+        """In the simulator, from start states of the learning curve, which no report is about, so many as
+        --starts says -> [dict], see support/evaluate.py, run_episodes"""
+        _, seeds = evaluate.start_seeds(cfg)
+        seeds = [int(seeds[0]) + i for i in range(self.starts)]
+        groups = [seeds[i:i + 10] for i in range(0, len(seeds), 10)]
+        with changed(change or {}):
+            return evaluate.evaluation_job(dict(cfg=cfg, load_agent=diwa.load_agent, policy=policy,
+                                                groups=groups, record=(), draw=calvin_sim.sample_start))
+
+    def believed(self, cfg):
+        """Percent of the failures in held-out play that the classifier takes for successes."""
+        (_, _), (believed, seen_through) = diwa.load(cfg, "reward")["trust"]["play"]
+        return 100 * believed / max(1, believed + seen_through)
+
+    def curve(self, cfg, stage, metric):
+        """The values of a metric in the log of a stage."""
+        return read_log(cfg, stage, metric)[1]
+
+    def ends_at(self, cfg, stage, metric):
+        """The mean of its last five."""
+        return float(np.mean(self.curve(cfg, stage, metric)[-5:]))
+
+
+def copy_run(source, folder, without):
+    """A copy that takes no room: the same files under another name, but those that will be written anew."""
+    def ignore(_, names):
+        pictures = ".gif", ".png", ".md"
+        return [name for name in names if name.startswith((".", "eval", *without)) or name.endswith(pictures)]
+
+    def link(a, b):
+        if Path(a).suffix in (".json", ".csv"):             # a run appends to its log
+            return shutil.copy2(a, b)
+        try:
+            os.link(a, b)
+        except OSError:                                     # another disk, or a file system without links
+            shutil.copy2(a, b)
+        return b
+
+    shutil.copytree(source, folder, ignore=ignore, copy_function=link)
+
+
+@contextlib.contextmanager
+def changed(names):
+    """diwa.py with other things under some of its names."""
+    before = {name: getattr(diwa, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(diwa, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(diwa, name, value)
+
+
+def percent(truths):
+    """Of some yes or no, how many yes; NaN of none."""
+    truths = list(truths)
+    return 100 * float(np.mean(truths)) if truths else float("nan")
+
+
+def success(episodes):
+    """Percent of the episodes that succeed in the simulator."""
+    return percent(e["success"] for e in episodes)
+
+
+def dreamed(episodes):
+    """Percent of the same start states from which the policy succeeds in its dream."""
+    return percent(e["dreamed_success"] for e in episodes)
+
+
+# --- the verdict --------------------------------------------------------------------------------------------
+
+def missing(exercise):
+    """What is wrong with the predictions -> a sentence, or None."""
+    allowed = getattr(exercise, "DIAGNOSES", None)
+    for key, value in exercise.PREDICTION.items():
+        if value is None:
+            return "write down first what you expect, in PREDICTION"
+        if allowed and value not in allowed:
+            return f"PREDICTION[{key!r}] is {value!r}: choose one of {', '.join(map(repr, allowed))}"
+        if not allowed and not (isinstance(value, (int, float)) and 0 <= value <= 100):
+            return f"PREDICTION[{key!r}] is {value!r}: give a number from 0 to 100, in percent"
+    return None
+
+
+def compare(exercise, solution, seen):
+    """The predictions beside what was seen, here and on our three seeds -> lines"""
+    lines = ["", "| what | you said | here | our three seeds | |", "|---|---|---|---|---|"]
+    for key, value in seen.items():
+        said, ours = exercise.PREDICTION[key], solution.SEEN[key]
+        if isinstance(value, str):
+            right = "right" if said == value else "no"
+            lines.append(f"| {key}: {exercise.WHAT[key]} | {said} | {value} | | {right} |")
+            continue
+        off = abs(said - value)
+        if value != value:
+            lines.append(f"| {key}: {exercise.WHAT[key]} | {said:.0f} % | of none | | |")
+            continue
+        word = "near" if off <= 10 else f"off by {off:.0f}"
+        if not min(ours) - 15 <= value <= max(ours) + 15:
+            word += "; and here is unlike ours: is this a run of --preset class?"
+        spread = ", ".join(f"{one:.0f}" for one in ours)
+        lines.append(f"| {key}: {exercise.WHAT[key]} | {said:.0f} % | {value:.0f} % | {spread} % | {word} |")
+    return [*lines, "", solution.__doc__.strip()]
+
+
+def judge(path, argv=None):
+    """Ask for predictions, do the experiment, compare -> exit code: 0 when it was done, 1 without a
+    prediction, 2 where it cannot be done."""
+    parser = argparse.ArgumentParser(description="an experiment; see the file's first lines. "
+                                     "Other flags are diwa.py's, for every variant that it trains.")
+    parser.add_argument("--runs", default="runs", help="where run folders are kept")
+    parser.add_argument("--run", default="class", help="the run that it is about")
+    parser.add_argument("--starts", type=int, default=100, help="start states a policy; 100 are +- 9 points")
+    args, more = parser.parse_known_args(argv)
+    exercise = load(HERE / Path(path).name)
+    solution = load(HERE / "solutions" / Path(path).name)
+    if Path(path).parent.name == "solutions":
+        exercise.PREDICTION = solution.PREDICTION
+    unready = missing(exercise)
+    if unready and not hasattr(exercise, "DIAGNOSES"):      # a diagnosis needs its patients first
+        print(f"{Path(path).name}: {unready}.")
+        return 1
+    try:
+        seen = exercise.experiment(Lab(args.runs, args.run, args.starts, more))
+    except InputError as error:
+        print(f"{Path(path).name}: {error}")
+        return 2
+    if unready:
+        print(f"\n{Path(path).name}: {unready}.")
+        return 1
+    print("\n".join(compare(exercise, solution, seen)))
+    return 0
