@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from calvin_sim import advance_target, success as task_rule
 from data import (STATE_SCALE, Recording, action_chunks, decode_pose, encode_command, encode_proprio,
                   window_starts)
-from support import evaluate, online, report
+from support import evaluate, online, parallel, report
 from support.files import InputError
 from support.linear import LinearCodec, likeness
 from support.presets import PRESETS
@@ -284,8 +284,7 @@ def kl_divergence(p, q, cfg):
     if cfg.wm_latent == "gaussian":
         (m1, s1), (m2, s2) = mean_std(p), mean_std(q)
         return (torch.log(s2 / s1) + (s1 ** 2 + (m1 - m2) ** 2) / (2 * s2 ** 2) - 0.5).sum(-1)
-    a = log_probs(p, cfg)
-    b = log_probs(q, cfg)
+    a, b = log_probs(p, cfg), log_probs(q, cfg)
     return (a.exp() * (a - b)).sum((-1, -2))
 
 def balanced_kl(post, prior, cfg):
@@ -1017,12 +1016,13 @@ def stage_wm(cfg):
     wm.keeps_target.fill_(recording.keeps_target)
     window = np.arange(cfg.wm_length) * cfg.wm_stride
     starts = window_starts(dataset.split()[0], window[-1] + 1)
+    loss_of = parallel.in_step(wm, world_model_loss)        # torchrun starts several processes, else one
     updates = Updates(cfg, "wm", cfg.wm_updates, state)
     for i, rng in updates:
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates, floor=cfg.wm_lr_end)
-        first = rng.choice(starts, cfg.wm_batch)
+        first = parallel.share(rng.choice(starts, cfg.wm_batch))
         with half_precision("cpu", cfg.wm_bf16 and cfg.device == "cpu"):
-            loss, metrics = world_model_loss(wm, recording.batch(first[:, None] + window), cfg)
+            loss, metrics = loss_of(recording.batch(first[:, None] + window))
         metrics["norm"] = descend(loss, optimizer, clip=cfg.wm_clip)
         updates.log(metrics)
     wm.eval().requires_grad_(False)

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout                      # comes with torch
 
 import calvin_sim
 from data import Dataset, Recording, frame_bytes
-from support import calvin_real, report
+from support import calvin_real, parallel, report
 from support.files import ELSEWHERE, InputError, write_atomic, writing
 from support.fingerprint import code_of, definitions
 from support.presets import BY_SIMULATOR, PRESETS
@@ -418,6 +418,8 @@ def save(path, content):
 
 def save_result(cfg, stage, **content):
     """Write a stage's checkpoint, with its origin, and drop what was kept in case of a kill."""
+    if parallel.rank():
+        return
     save(output(cfg, stage), dict(origin(cfg, stage), **content))
     partial_path(cfg, stage).unlink(missing_ok=True)
 
@@ -516,14 +518,20 @@ class Updates:
         saved = time.time()
         if done := restore(cfg, stage, self.state):
             print(f"  {stage} resumes at {done:,} of {self.total:,}")
-        write = Log(cfg, stage, done)
+        others = parallel.rank() > 0                        # of several processes only the first writes
+        write = None if others else Log(cfg, stage, done)
         progress = Progress(stage, self.total, done)
         while done < self.total:                            # a loop that has had enough lowers it
-            yield done, seed_everything(*key, done)
+            rng = seed_everything(*key, done)
+            if others:                                      # the same batch, other noise
+                torch.manual_seed(torch.initial_seed() + parallel.rank())
+            yield done, rng
             done += 1
             if done % self.every and done < self.total:
                 continue
             metrics = self.mean_of_pending(done)
+            if others:
+                continue
             write(done, metrics)
             progress(done, "  ".join(f"{n} {v:.4g}" for n, v in metrics.items()))
             if time.time() - saved > SAVE_EVERY and done < self.total:
@@ -643,6 +651,8 @@ def run_stage(cfg, stage, work):
         minutes = read_log(cfg, stage, "minutes")[1]
         took = f", which took {minutes[-1]:.1f} min last time" if minutes else ""
         print(f"{stage}: {change[1]}; it is done again{took} (--keep {stage} would use it as it is)")
+    if parallel.rank():
+        return work(cfg)
     with alone(path, stage):
         remember(cfg)
         print(f"{stage}: writes {path}")
@@ -859,6 +869,10 @@ def check_config(cfg):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda was asked for, but this torch sees no CUDA device: "
                          "use --device cpu")
+    if parallel.size() > 1 and (cfg.stage != "wm" or cfg.wm_batch % parallel.size()):
+        raise InputError(f"torchrun's {parallel.size()} processes share the batches of the world model: give "
+                         f"--stage wm and a --wm_batch that is a multiple of {parallel.size()}, "
+                         "and the other stages without torchrun")
     if cfg.device == "cuda":
         torch.set_float32_matmul_precision("high")          # TF32
     if cfg.wm_encoder == "conv" and cfg.image_size != 64:
@@ -1018,6 +1032,7 @@ def expectation(cfg, tasks):
 
 def run(cfg, stage_work):
     """The stages of --stage for the tasks of --task, one after the other."""
+    parallel.take_device(cfg.device)
     definitions()                         # the code as it is now: an editor may change it during the run
     stages = [*PIPELINE, "report"] if cfg.stage == "all" else [cfg.stage]
     tasks = tasks_of(cfg) if cfg.task == "all" else [cfg.task]
@@ -1030,7 +1045,9 @@ def run(cfg, stage_work):
                 run_stage(cfg, stage, stage_work[stage])
             else:
                 stage_work[stage](cfg)
-    remember(cfg)
+    parallel.leave()
+    if not parallel.rank():
+        remember(cfg)
     if len(tasks) > 1 and "report" in stages:
         rows = [load_file(Path(cfg.runs) / cfg.run / f"result_{task}.json") for task in tasks]
         print("\n".join(["", *report.table(rows)]))
