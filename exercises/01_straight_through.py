@@ -14,7 +14,8 @@ from verdict import judge
 
 
 def straight_through(probs, one_hot):
-    """probs [N, Z, C]: probabilities, which carry the gradient; one_hot [N, Z, C]: what was drawn
+    """N rows of Z latents of C classes.  probs [N, Z, C]: probabilities, which carry the gradient;
+    one_hot [N, Z, C]: what was drawn
     -> z [N, Z, C]: the values of one_hot, the gradient of probs"""
     raise NotImplementedError
 

@@ -1,13 +1,14 @@
 """Exercise 4, an experiment: which noise? (diwa.py, section 3, DiffusionActor)
 
-A schedule says how much noise each of the K steps adds, beta_t.  DDPM's is linear, from 0.0001 to 0.02, and
-was made for K = 1000 steps: after them the product of all 1 - beta_t is 0.00004, nothing is left of the data.
-DiWA denoises in K = 20 steps, with a cosine schedule.  What if one takes DDPM's line with 20 steps as it is?
-And stretched, times 1000 / 20, so that after 20 steps as little is left as after 1000?
+A schedule says how much noise each of the K steps adds, beta_t.  DDPM's is linear, from 0.0001 to 0.02,
+and was made for K = 1000 steps: after them the product of all 1 - beta_t is 0.00004, nothing is left of
+the data. DiWA denoises in K = 20 steps, with a cosine schedule.  What if one takes DDPM's line with 20
+steps as it is? And stretched, times 1000 / 20, so that the betas of 20 steps add up to those of 1000?
 
-Work it out first: what is the product of 1 - beta_t for a line of 20 steps?  From what does acting start, and
-what has the network seen at its noisiest step?  Then write down what you expect of each cloned policy, in
-percent of success, and whether the losses will rank them the same way; and run it: two minutes.
+Work it out first: what is the product of 1 - beta_t for either line of 20 steps?  From what does acting
+start, and what has the network seen at its noisiest step?  Then write down what you expect of each cloned
+policy, in percent of success, and guess whether the losses, which it prints, rank them the same way; and
+run it: two minutes on a free core.
 
     python exercises/04_noise_schedule.py
 """

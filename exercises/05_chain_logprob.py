@@ -18,7 +18,8 @@ from verdict import judge
 
 
 def chain_logprob(mean, std, chain, floor):
-    """mean [B, K', H, A] and std [K']: of each step's Gaussian, the noisiest first;
+    """B dreams, K' steps, H actions of A numbers.
+    mean [B, K', H, A] and std [K']: of each step's Gaussian, the noisiest first;
     chain [B, K' + 1, H, A]: the first step's input, then what each step drew; floor: a number -> [B, K']"""
     raise NotImplementedError
 

@@ -6,7 +6,8 @@ the handle with open fingers, or push it with closed ones": its mean of the two 
 hand it has fewer steps through which a gradient can go wrong.
 
 The expert of the sliding door has just these two ways.  Write down what you expect, in percent of success, of
-a Gaussian policy, cloned and tuned, beside the diffusion policy, and run it: three minutes.
+a Gaussian policy, cloned and tuned, beside the diffusion policy, and run it: three minutes on a
+free core.
 
     python exercises/06_gaussian.py
 """

@@ -1,8 +1,8 @@
 """Exercise 7: pull together what is alike (diwa.py, section 4, nt_xent).
 
 The success classifier's embeddings are also trained by contrast (supervised NT-Xent, Khosla et al. 2020,
-eq. 2): those of one class become alike, those of two classes become different.  With unit vectors z and
-similarities s_ij = z_i . z_j / tau,
+eq. 2): those of one class become alike, those of two classes become different.  With unit vectors
+z = embedding / |embedding| and similarities s_ij = z_i . z_j / tau,
 
     loss = - mean over i of  mean over the positives j of i of  ( s_ij - log sum over k != i of exp(s_ik) )
 

@@ -1,14 +1,15 @@
 """Exercise 9, an experiment: where is the lie? (diwa.py, section 5, DreamEnv; section 7, Agent)
 
-A policy fails in the simulator and its dream says success.  Two parts can be wrong, and a test tells them
-apart.  Let the agent watch the failed episode's real frames: if the classifier says success there, it is the
-reward that lies.  Let the world model dream the same actions from the first frame: if the classifier says
-success only then, it is the dream, in which the door goes along.
+A policy fails in the simulator, and in the dream the same actions succeed.  Two parts can be wrong, and a
+test tells them apart.  Let the agent watch the failed episode's real frames: if the classifier says success
+there, once at the end of a chunk, it is the reward that lies.  Let the world model dream the same actions
+from the first frame: if the classifier says success only then, in two steps running, as practice pays it, it
+is the dream, in which the door goes along.
 
 Take the failures of the cloned policy, judged by the usual reward and by exercise 8's, which has seen no
-play; and those of the policy that practised in this dream, for this reward.  What share is believed, on the
-frames and in the dream?  Which of the two lies does practice look for?  Write down what you expect, in
-percent of the failures, and run it: two minutes.
+play; and those of the policy that practised in this dream, for the usual reward.  What share is believed on
+the frames, and what share in the dream only?  Which of them remain after practice?  Write down what you
+expect, in percent of the failures, and run it: two minutes on a free core.
 
     python exercises/09_where_is_the_lie.py
 """
@@ -21,7 +22,7 @@ PREDICTION = dict(cloned_frames=None, cloned_dream=None, without_play_frames=Non
 WHO = dict(cloned="failures of the cloned policy, the usual reward",
            without_play="the same, exercise 8's reward",
            tuned="failures of the tuned policy, the usual reward")
-HOW = dict(frames="believed on the real frames", dream="when the same actions are dreamed")
+HOW = dict(frames="believed on the real frames", dream="only when the same actions are dreamed")
 WHAT = {f"{who}_{how}": f"{WHO[who]}: {HOW[how]}" for who in WHO for how in HOW}
 FLAGS = "--reward_labels", "demos", "--ft_iterations", "54"             # exercise 8's
 
@@ -29,13 +30,16 @@ FLAGS = "--reward_labels", "demos", "--ft_iterations", "54"             # exerci
 def experiment(lab):
     usual = lab.cfg()
     without_play = lab.variant("demos", *FLAGS, stages=["reward"])
-    seen = {}
     judges = dict(cloned=(usual, "bc"), without_play=(without_play, "bc"), tuned=(usual, "tuned"))
+    seen = {}
     for name, (cfg, policy) in judges.items():
         failures = [e for e in lab.episodes(cfg, policy) if not e["success"]]
-        print(f"{WHO[name]}: {len(failures)} of {lab.starts}")
-        seen[f"{name}_frames"] = percent(any(e["real"]) for e in failures)
-        seen[f"{name}_dream"] = percent(any(e["dream"]) for e in failures)
+        frames = [any(e["real"]) for e in failures]
+        dream_only = [any(e["dream"]) and not any(e["real"]) for e in failures]
+        print(f"{WHO[name]}: {len(failures)} of {lab.starts}, believed on the frames {sum(frames)}, "
+              f"in the dream only {sum(dream_only)}")
+        seen[f"{name}_frames"] = percent(frames)
+        seen[f"{name}_dream"] = percent(dream_only)
     return seen
 
 

@@ -5,12 +5,12 @@ tells is the curves.  Four patients practise for eight iterations each, every on
 none; you see their curves beside those of the class run.  Do not read below the line.
 
     dream_success   share of the dreams whose first attempt succeeds
-    kl              how far an iteration moves the policy, in nats a denoising step
+    kl              how far an iteration moves the policy: compare it with the class run's
     clipped         share of the ratios that leave PPO's clip range
     explained       share of the returns' variance that the critic foretells: 1 is perfect, 0 a constant
     anchor          minus the log-probability of the cloned policy's chunks: rises as the policy leaves it
 
-The diagnoses to choose from:
+The first two iterations train the critic alone.  The diagnoses to choose from:
 
     healthy         nothing is wrong
     sum             a chunk's log-probabilities are summed, not averaged
@@ -19,7 +19,7 @@ The diagnoses to choose from:
     frozen          the actor never learns
     reward          the reward never comes
 
-Run it (two minutes), write a diagnosis for each patient, run it again.
+Run it (two minutes on a free core), write a diagnosis for each patient, run it again.
 
     python exercises/12_planted_bug.py
 """
@@ -45,7 +45,7 @@ def experiment(lab):
     for name, cfg in charts.items():
         print(f"\n{name}")
         for metric in CURVES:
-            values = " ".join(f"{value:8.2g}" for value in lab.curve(cfg, "finetune", metric)[:8])
+            values = " ".join(f"{value:8.3g}" for value in lab.curve(cfg, "finetune", metric)[:8])
             print(f"  {metric:14s}{values}")
     return dict(PATIENTS)
 

@@ -81,19 +81,21 @@ def balanced(f, share, of):
     return {"kl": value}[of] if of == "kl" else gradient(value.sum(), dict(prior=prior, post=post)[of])
 
 
+SHARES = 0.8, 0.3
+
 KL_BALANCE = Check(
     name="balanced_kl",
     right=lambda kl, post, prior, balance: (balance * kl(post.detach(), prior)
                                             + (1 - balance) * kl(post, prior.detach())),
     properties=[
         Property("the value is KL(posterior || prior), whatever the balance",
-                 lambda f: {f"the value at {share}": balanced(f, share, "kl") for share in (0.8, 0.3)},
+                 lambda f: {f"the value at {share}": balanced(f, share, "kl") for share in SHARES},
                  "both terms are KL(posterior || prior), one number a row, and their weights sum to 1"),
         Property("the prior gets `balance` of its gradient",
-                 lambda f: {"the prior's gradient": balanced(f, 0.8, "prior")},
+                 lambda f: {f"the prior's gradient at {s}": balanced(f, s, "prior") for s in SHARES},
                  "the term weighted by `balance` is the one in which the posterior stands still"),
         Property("the posterior gets the rest",
-                 lambda f: {"the posterior's gradient": balanced(f, 0.8, "post")},
+                 lambda f: {f"the posterior's gradient at {s}": balanced(f, s, "post") for s in SHARES},
                  "the term weighted by 1 - `balance` is the one in which the prior stands still"),
     ],
     mistakes=[
@@ -103,6 +105,15 @@ KL_BALANCE = Check(
                                            + (1 - balance) * kl(post.detach(), prior))),
         ("nothing is detached, so both learn alike and balance does nothing",
          lambda kl, post, prior, balance: balance * kl(post, prior) + (1 - balance) * kl(post, prior)),
+        ("one .detach() is missing: in the second term the prior must stand still",
+         lambda kl, post, prior, balance: (balance * kl(post.detach(), prior)
+                                           + (1 - balance) * kl(post, prior))),
+        ("one .detach() is missing: in the first term the posterior must stand still",
+         lambda kl, post, prior, balance: (balance * kl(post, prior)
+                                           + (1 - balance) * kl(post, prior.detach()))),
+        ("detach() behind a whole KL leaves that term without any gradient: detach one of its two arguments",
+         lambda kl, post, prior, balance: (balance * kl(post, prior).detach()
+                                           + (1 - balance) * kl(post, prior))),
         ("this is KL(prior || posterior): a KL has a direction",
          lambda kl, post, prior, balance: (balance * kl(prior, post.detach())
                                            + (1 - balance) * kl(prior.detach(), post))),
@@ -163,7 +174,7 @@ POSTERIOR_MEAN = Check(
                  lambda f: denoised(f, 0, 0.3),
                  "clean = (x - sqrt(1 - bar_t) noise) / sqrt(bar_t); at t = 0 bar_before is 1"),
         Property("in the middle of the chain it mixes the guess and x_t",
-                 lambda f: denoised(f, 9, 0.3), "bar_before is the product up to t - 1, bar_t up to t"),
+                 lambda f: denoised(f, 9, 0.3), "compare both coefficients with the text, root by root"),
         Property("one step before the end, bar_before is no longer 1",
                  lambda f: denoised(f, 1, 0.3), "at t = 1 bar_before is bar[0]; only at t = 0 it is 1"),
         Property("a guess outside [-1, 1] is clipped before it is used",
@@ -182,7 +193,8 @@ POSTERIOR_MEAN = Check(
          lambda x, noise, t, beta: ((x - (1 - torch.cumprod(1 - beta, 0)[t]).sqrt() * noise)
                                     / torch.cumprod(1 - beta, 0)[t].sqrt()).clamp(-1, 1)),
     ],
-    lesson="A diffusion policy is this line, 20 times.  PPO tunes where its last ten steps point.",
+    lesson="A diffusion policy is this line and some noise, 20 times, the last without noise.  PPO tunes "
+           "where the last ten steps point.",
 )
 
 

@@ -70,6 +70,7 @@ class Lab:
         _, seeds = evaluate.start_seeds(cfg)
         seeds = [int(seeds[0]) + i for i in range(self.starts)]
         groups = [seeds[i:i + 10] for i in range(0, len(seeds), 10)]
+        print(f"  evaluating {policy} of {cfg.run} from {self.starts} start states", flush=True)
         with changed(change or {}):
             return evaluate.evaluation_job(dict(cfg=cfg, load_agent=diwa.load_agent, policy=policy,
                                                 groups=groups, record=(), draw=calvin_sim.sample_start))
@@ -145,14 +146,15 @@ def missing(exercise):
             return "write down first what you expect, in PREDICTION"
         if allowed and value not in allowed:
             return f"PREDICTION[{key!r}] is {value!r}: choose one of {', '.join(map(repr, allowed))}"
-        if not allowed and not (isinstance(value, (int, float)) and 0 <= value <= 100):
-            return f"PREDICTION[{key!r}] is {value!r}: give a number from 0 to 100, in percent"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not allowed and not (number and (value == 0 or 1 <= value <= 100)):
+            return f"PREDICTION[{key!r}] is {value!r}: give 0, or a number from 1 to 100, in percent"
     return None
 
 
 def compare(exercise, solution, seen):
     """The predictions beside what was seen, here and on our three seeds -> lines"""
-    lines = ["", "| what | you said | here | our three seeds | |", "|---|---|---|---|---|"]
+    lines = ["", "| what | you said | here | our seeds 0, 1, 2 | |", "|---|---|---|---|---|"]
     for key, value in seen.items():
         said, ours = exercise.PREDICTION[key], solution.SEEN[key]
         if isinstance(value, str):

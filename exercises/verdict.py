@@ -70,7 +70,7 @@ def difference(got, want):
         wrong = ~(error <= 1e-4 + 1e-3 * right.abs())       # NaN is wrong, too
         if wrong.any():
             place = tuple(torch.nonzero(wrong)[0].tolist())
-            index = f"[{', '.join(map(str, place))}]" if place else ""
+            index = f", at [{', '.join(map(str, place))}]," if place else ""
             return (f"{what}{index} is {mine[place].item():.4g}, and should be {right[place].item():.4g} "
                     f"({int(wrong.sum())} of {wrong.numel()} numbers differ)")
     return None

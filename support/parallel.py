@@ -1,4 +1,4 @@
-"""parallel.py: one world model, trained by the processes that torchrun starts, each with its share of a batch.
+"""parallel.py: one world model, trained by several processes of torchrun's, each with its share of a batch.
 
     torchrun --nproc_per_node 4 diwa.py --stage wm
 

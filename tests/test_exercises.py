@@ -142,9 +142,9 @@ def test_an_experiment_says_what_is_wrong(tmp_path, capsys):
     solution = verdict.load(FOLDER / "solutions" / "04_noise_schedule.py")
     exercise.PREDICTION = dict(solution.PREDICTION)
     assert lab.missing(exercise) is None
-    for wrong in ("70 %", 101, -1, float("nan")):
+    for wrong in ("70 %", 101, -1, float("nan"), True, 0.7):
         exercise.PREDICTION["linear"] = wrong
-        assert "give a number from 0 to 100" in lab.missing(exercise)
+        assert "a number from 1 to 100" in lab.missing(exercise)
     bug = verdict.load(FOLDER / "12_planted_bug.py")
     bug.PREDICTION = dict(bug.PREDICTION, A="sick")
     assert "'sick': choose one of 'healthy'" in lab.missing(bug)

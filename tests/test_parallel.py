@@ -78,7 +78,8 @@ def test_each_takes_its_share(monkeypatch):
     assert parallel.share(batch).tolist() == [3, 7]
 
 
-@pytest.mark.parametrize("flags", [["--stage", "bc"], ["--stage", "all"], ["--stage", "wm", "--wm_batch", "15"]])
+@pytest.mark.parametrize("flags", [["--stage", "bc"], ["--stage", "all"],
+                                   ["--stage", "wm", "--wm_batch", "15"]])
 def test_what_cannot_be_shared_is_refused(flags, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("WORLD_SIZE", "2")

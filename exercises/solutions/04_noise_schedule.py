@@ -1,11 +1,12 @@
 """Solution 4: a schedule must end in pure noise, for that is where acting starts.
 
 DDPM's line as it is leaves (1 - 0.0001) ... (1 - 0.02) = 82 % of the data's variance after 20 steps.  The
-network has never seen a chunk noisier than that, acting begins with nothing but noise, and what it is asked
-there it was never taught.  Stretched, the line is about as good as the cosine.  The losses (seeds 0, 1, 2:
-cosine .058, .060, .060; stretched .048, .049, .049; linear .244, .249, .249) do not rank the policies: the
-stretched line has the lowest and is no better.  Each schedule asks other questions, so their losses are not
-comparable; here the hard ones are those with little noise, where there is hardly any to be seen.
+network has never seen a chunk noisier than that, acting begins with nothing but noise, and what it is
+asked there it was never taught.  Stretched, the line is about as good as the cosine.  The losses (seeds 0,
+1, 2: cosine .058, .060, .060; stretched .048, .049, .049; linear .244, .249, .249) single out the worst
+policy and not the best: the stretched line has the lowest and is no better.  Each schedule asks other
+questions, so their losses are not comparable; here the hard ones are those with little noise, where there
+is hardly any to be seen.
 """
 PREDICTION = dict(cosine=58, stretched=55, linear=15)       # the means of what we saw
 SEEN = dict(                                                # percent of 100 starts; seeds 0, 1, 2

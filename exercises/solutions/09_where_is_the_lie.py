@@ -1,20 +1,22 @@
-"""Solution 9: both lie, and practice keeps what is believed.
+"""Solution 9: both lie, and what practice leaves over is what is believed.
 
-Of the cloned policy's failures (33, 48 and 46 of 100) the usual reward believes few, on the frames and in the
-dream alike: it is good for what it was not asked to resist.  Of the tuned policy's (10, 13 and 15) it
-believes two to four times as many: practice has done away with the failures that were seen through, and the
-believed ones were paid.  That holds for either lie: on seeds 0 and 1 the dream's is the larger one, on seed 2
-the reward's.  A reward that has seen no play is deceived more often on every seed, on the frames, too, where
-no dream is involved.  So the failures on which a reward is tested must be the tuned policy's own, or the test
-is too easy; and they are few, so the numbers here are rough.
+Of the cloned policy's failures (33, 48 and 46 of 100, seeds 0, 1 and 2) the usual reward believes 4, 2 and 4
+on the real frames, and 2, 0 and 0 more in the dream.  A reward that has seen no play believes more on every
+seed, on frames, where no dream is involved: 5, 13 and 6.  Of the tuned policy's failures (10, 13 and 15) the
+usual reward believes 2, 2 and 4, and 2, 3 and 0 more in the dream: in number hardly other than before, as a
+share two to four times as many.  Practice has done away with the failures that were seen through; those that
+are believed were paid.  On seed 2 the lie is the reward's alone, on seeds 0 and 1 half or more is the dream's.
+
+So test a reward on the failures of a policy that has practised for it, or the test is too easy.  They are few:
+these shares are rough, and a row of another seed may look otherwise.
 """
-PREDICTION = dict(cloned_frames=8, cloned_dream=8, without_play_frames=18, without_play_dream=22,
-                  tuned_frames=21, tuned_dream=33)
+PREDICTION = dict(cloned_frames=8, cloned_dream=2, without_play_frames=18, without_play_dream=7,
+                  tuned_frames=21, tuned_dream=14)
 SEEN = dict(                                                # percent of the failures; seeds 0, 1, 2
     cloned_frames=[12, 4, 9],
-    cloned_dream=[18, 2, 4],
+    cloned_dream=[6, 0, 0],
     without_play_frames=[15, 27, 13],
-    without_play_dream=[27, 31, 9],
+    without_play_dream=[12, 6, 2],
     tuned_frames=[20, 15, 27],
-    tuned_dream=[40, 38, 20],
+    tuned_dream=[20, 23, 0],
 )
