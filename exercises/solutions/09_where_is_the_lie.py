@@ -4,11 +4,11 @@ Of the cloned policy's failures (33, 48 and 46 of 100, seeds 0, 1 and 2) the usu
 on the real frames, and 2, 0 and 0 more in the dream.  A reward that has seen no play believes more on every
 seed, on frames, where no dream is involved: 5, 13 and 6.  Of the tuned policy's failures (10, 13 and 15) the
 usual reward believes 2, 2 and 4, and 2, 3 and 0 more in the dream: in number hardly other than before, as a
-share two to four times as many.  Practice has done away with the failures that were seen through; those that
-are believed were paid.  On seed 2 the lie is the reward's alone, on seeds 0 and 1 half or more is the dream's.
+share two to nine times as many.  Practice has done away with the failures that were seen through; those that
+are believed were paid.  On seed 2 the lie is the reward's alone, on seeds 0 and 1 the dream has half or more.
 
-So test a reward on the failures of a policy that has practised for it, or the test is too easy.  They are few:
-these shares are rough, and a row of another seed may look otherwise.
+So test a reward on the failures of a policy that has practised for it, or the test is too easy.  They are
+few: these shares are rough, and another seed's may look otherwise.
 """
 PREDICTION = dict(cloned_frames=8, cloned_dream=2, without_play_frames=18, without_play_dream=7,
                   tuned_frames=21, tuned_dream=14)
