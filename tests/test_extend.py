@@ -42,7 +42,8 @@ def test_the_recipes_run_together(tmp_path):
             name, text = text.split("\n", 1)
             (folder / name.removeprefix("# ")).write_text(text)
     flags = [*TINY, *HASTY, "--sim", "point", "--task", "led_while_open",
-             "--ft_effort", "0.5", "--play_tasks", "turn_off_led,led_while_open", "--play_frames", "500"]
+             "--ft_effort", "0.5", "--play_tasks", "turn_off_led,led_while_open", "--play_episode", "50",
+             "--demo_count", "2", "--eval_episodes", "2", "--eval_curve", "0", "--workers", "1"]
     words = [sys.executable, "-c", WITHOUT_PICTURES, *flags]
     run = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

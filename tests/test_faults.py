@@ -290,7 +290,7 @@ def test_a_refused_command_changes_no_settings(again, capsys):
 # F: nothing to judge with
 
 def test_no_demonstrations_that_judge(tmp_path, no_pictures):
-    assert main(tmp_path, *HASTY, "--play_replay", "0", "--play_frames", "300", "--demo_count", "2",
+    assert main(tmp_path, *HASTY, "--play_replay", "0", "--play_episode", "50", "--demo_count", "2",
                 "--eval_curve", "0", "--eval_episodes", "2", "--workers", "1") == 0
     text = (tmp_path / "smoke" / "report.md").read_text()
     assert "Replay share: not measured" in text and "nan" not in text.split("Open-loop")[0]

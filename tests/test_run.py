@@ -208,7 +208,7 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--task", "open_drawr"], ["open_drawr", "did you mean open_drawer"]),
     (["--wm_updats", "3"], ["--wm_updats", "did you mean --wm_updates"]),
-    (["--preset", "huge"], ["huge", "cpu, gpu, paper, smoke"]),
+    (["--preset", "huge"], ["huge", "cpu, gpu, paper, class, smoke"]),
     (["--stage", "dream"], ["dream", "finetune"]),
     (["--wm_updates", "many"], ["wm_updates", "many"]),
     (["--wm_length", "1"], ["--wm_length 1", "give 2"]),
