@@ -99,6 +99,12 @@ KL_BALANCE = Check(
                  "the term weighted by 1 - `balance` is the one in which the prior stands still"),
     ],
     mistakes=[
+        ("detach() behind a whole KL leaves that term without any gradient: detach one of its two arguments",
+         lambda kl, post, prior, balance: (balance * kl(post, prior)
+                                           + (1 - balance) * kl(post, prior).detach())),
+        ("the posterior must stand still in one term, and here it moves in both or in the wrong one",
+         lambda kl, post, prior, balance: (balance * kl(post, prior.detach())
+                                           + (1 - balance) * kl(post, prior))),
         ("the shares are swapped: now the posterior is pulled, four times as hard as the prior, to what is "
          "easy to foresee",
          lambda kl, post, prior, balance: (balance * kl(post, prior.detach())

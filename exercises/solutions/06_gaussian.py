@@ -1,13 +1,13 @@
 """Solution 6: a Gaussian clones the door at least as well, and gains less from practice.
 
 Cloned, it was 13, 5 and 5 points better on our seeds; tuned, 5, 8 and 11 points worse: 5 to 22 points
-gained against 23 to 35.  Pooled over the three seeds only "gains less" is more than chance (tuned -8 +- 6
-points, cloned +8 +- 8).  The expert has two ways, yet the Gaussian is torn between them in the first
-frames only: of the demonstrations' first frames its mean gripper lies between open and closed in 39 %, of
-later ones in 4 % and less (seed 0), for then the feature shows which way was begun.  Why it gains less we
-have not tested; perhaps because a single link is all that PPO can push, with noise of the same size in all
-28 numbers, where the ten last denoising steps know what chunks look like.  The paper has cloned 52, tuned
-84 %, mean of eight tasks.
+gained against 23 to 35.  Pooled over the three seeds, tuned worse (-8 +- 6 points) and gains less (-16 +-
+10) are more than chance, cloned better (+8 +- 8) hardly is.  The expert has two ways, yet the Gaussian is
+torn between them in the first frames only: of the demonstrations' first frames its mean gripper lies
+between open and closed in 39 %, of later ones in 4 % and less (seed 0), for then the feature shows which
+way was begun.  Why it gains less we have not tested; perhaps because a single link is all that PPO can
+push, with noise of the same size in all 28 numbers, where the ten last denoising steps know what chunks
+look like.  The paper has cloned 52, tuned 84 %, mean of eight tasks.
 """
 PREDICTION = dict(cloned=58, tuned=87, gaussian_cloned=65, gaussian_tuned=79)
 SEEN = dict(                                                # percent of 100 starts; seeds 0, 1, 2
