@@ -16,6 +16,7 @@ expect, in percent of the failures, and run it: two minutes on a free core.
 import sys
 
 from lab import judge, percent
+from verdict import HERE, load
 
 PREDICTION = dict(cloned_frames=None, cloned_dream=None, without_play_frames=None, without_play_dream=None,
                   tuned_frames=None, tuned_dream=None)
@@ -24,7 +25,7 @@ WHO = dict(cloned="failures of the cloned policy, the usual reward",
            tuned="failures of the tuned policy, the usual reward")
 HOW = dict(frames="believed on the real frames", dream="only when the same actions are dreamed")
 WHAT = {f"{who}_{how}": f"{WHO[who]}: {HOW[how]}" for who in WHO for how in HOW}
-FLAGS = "--reward_labels", "demos", "--ft_iterations", "54"             # exercise 8's
+FLAGS = load(HERE / "08_reward_without_play.py").FLAGS
 
 
 def experiment(lab):

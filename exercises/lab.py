@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -66,7 +67,8 @@ class Lab:
 
     def episodes(self, cfg, policy, change=None):
         """In the simulator, from start states of the learning curve, which no report is about, so many as
-        --starts says -> [dict], see support/evaluate.py, run_episodes"""
+        --starts says -> [dict], see support/evaluate.py, run_episodes.  In this process: a worker would not
+        know of the change"""
         _, seeds = evaluate.start_seeds(cfg)
         seeds = [int(seeds[0]) + i for i in range(self.starts)]
         groups = [seeds[i:i + 10] for i in range(0, len(seeds), 10)]
@@ -107,17 +109,9 @@ def copy_run(source, folder, without):
     shutil.copytree(source, folder, ignore=ignore, copy_function=link)
 
 
-@contextlib.contextmanager
 def changed(names):
-    """diwa.py with other things under some of its names."""
-    before = {name: getattr(diwa, name) for name in names}
-    try:
-        for name, value in names.items():
-            setattr(diwa, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(diwa, name, value)
+    """diwa.py with other things under some of its names, in a `with` block."""
+    return mock.patch.multiple(diwa, **names) if names else contextlib.nullcontext()
 
 
 def percent(truths):

@@ -95,6 +95,18 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(report, name, lambda *a: None)
 
 
+def without_pictures(folder):
+    """The same for a process of its own: code that runs the program in a folder."""
+    return f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+import diwa
+from support import evaluate, report
+evaluate.record_rollouts = report.gif = report.curves = report.health = lambda *a: None
+sys.exit(diwa.main(sys.argv[1:]))
+"""
+
+
 def pytest_collection_modifyitems(items):
     """Tests of a finished run come last: of two workers one makes it while the other does the rest."""
     items.sort(key=lambda item: "done" in item.fixturenames)

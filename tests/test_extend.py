@@ -5,19 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HASTY, ROOT, TINY
+from conftest import HASTY, ROOT, TINY, without_pictures
 
 TEXT = (ROOT / "docs" / "EXTEND.md").read_text()
 BLOCKS = re.findall(r"```(diff|python)\n(.*?)```", TEXT, re.DOTALL)
-
-
-WITHOUT_PICTURES = """
-import sys
-import diwa
-from support import evaluate, report
-evaluate.record_rollouts = report.gif = report.curves = report.health = lambda *a: None
-sys.exit(diwa.main(sys.argv[1:]))
-"""
 
 
 def apply(folder, change):
@@ -44,7 +35,7 @@ def test_the_recipes_run_together(tmp_path):
     flags = [*TINY, *HASTY, "--sim", "point", "--task", "led_while_open",
              "--ft_effort", "0.5", "--play_tasks", "turn_off_led,led_while_open", "--play_episode", "50",
              "--demo_count", "2", "--eval_episodes", "2", "--eval_curve", "0", "--workers", "1"]
-    words = [sys.executable, "-c", WITHOUT_PICTURES, *flags]
+    words = [sys.executable, "-c", without_pictures(folder), *flags]
     run = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "success in the simulator" in run.stdout

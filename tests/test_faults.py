@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
 import diwa
-from conftest import HASTY, TINY, command, config, copy_run, main
+from conftest import HASTY, TINY, command, config, copy_run, main, without_pictures
 from support import data_command, evaluate, record, report, runs
 
 @pytest.fixture
@@ -478,23 +478,13 @@ def test_the_same_command_twice_at_once(tmp_path):
     assert len(data.Dataset(tmp_path / "smoke" / "demos_close_drawer").segments) == 2
 
 
-WITHOUT_PICTURES = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import diwa
-from support import evaluate, report
-evaluate.record_rollouts = report.gif = report.curves = report.health = lambda *a: None
-sys.exit(diwa.main(sys.argv[1:]))
-"""
-
-
 def test_tasks_at_once_over_one_world_model(again):
     """Two tasks in one run folder at the same time: both end, and no row of the log is lost."""
     tasks = ("open_drawer", "turn_on_led")
     words = [*TINY, "--demo_count", "2", "--bc_updates", "4", "--reward_updates", "4", "--eval_steps", "8",
              "--eval_episodes", "2", "--eval_curve", "0", "--workers", "1", "--runs", again]
     before = (again / "smoke" / "log.csv").read_text().splitlines()
-    processes = [start(*words, "--task", task, code=WITHOUT_PICTURES) for task in tasks]
+    processes = [start(*words, "--task", task, code=without_pictures(ROOT)) for task in tasks]
     assert [process.communicate(timeout=240)[1] for process in processes] == ["", ""]
     log = (again / "smoke" / "log.csv").read_text().splitlines()
     assert set(before) <= set(log)
