@@ -420,7 +420,7 @@ def test_a_simulator_brings_its_own_settings(tmp_path):
 
     assert settings() == (0, "unlabelled") and settings("--sim", "calvin") == (100, "strict")
     cfg = runs.parse(["--runs", str(tmp_path), "--sim", "calvin"], diwa.Config, diwa.PRESETS, "", "")
-    assert (cfg.wm_updates, cfg.wm_bf16) == (18_000, 1)
+    assert (cfg.wm_updates, cfg.wm_bf16, cfg.wm_latent, cfg.wm_z) == (18_000, 1, "categorical", 32)
     assert settings("--sim", "calvin", "--preset", "smoke") == (100, "strict")
     assert settings("--sim", "calvin", "--preset", "paper") == (100, "demos")
     assert settings("--sim", "calvin", "--reward_labels", "demos", "--wm_state", "0") == (0, "demos")
