@@ -85,7 +85,8 @@ def record(cfg, parts, wanted):
             if tried[kind] > 3 * count + 20:
                 raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts "
                                  f"of {kind}: see 'python calvin_sim.py check'")
-        for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes")):
+        done = sum(Path(job["path"]).exists() for job in jobs)
+        for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes", done)):
             if solved:
                 good[job["kind"]].append((job["path"], frames))
     return good

@@ -578,6 +578,8 @@ class Progress:
         self.shown = 0.0
 
     def __call__(self, done, text=""):
+        if done <= self.first:                              # was there before, so it says nothing of the speed
+            return
         tty = sys.stdout.isatty()
         now = time.time()
         if now - self.shown < (0.5 if tty else 15) and done < self.total:
@@ -688,12 +690,14 @@ def read_log(cfg, stage, metric):
     return [int(r[2]) for r in rows], [float(r[4]) for r in rows]
 
 
-def in_processes(cfg, function, jobs, name):
+def in_processes(cfg, function, jobs, name, done=0):
     """Yield function(job) for all jobs, in their order, from cfg.workers processes, with a progress line.
+
+    done: how many of them an earlier run has left behind, so that they return at once.
 
     A worker that dies (killed, out of memory) ends it with one sentence; multiprocessing's own Pool would
     wait for ever."""
-    progress = Progress(name, len(jobs))
+    progress = Progress(name, len(jobs), done)
     context = worker_context()
     others = multiprocessing.active_children()
     again = "then type the same command again: it goes on where it stopped"

@@ -157,6 +157,19 @@ def test_killed_run_ends_as_if_nothing_had_happened(done, tmp_path, monkeypatch,
     assert not partial.exists()
 
 
+def test_time_left_is_reckoned_from_what_this_run_did(monkeypatch, capsys):
+    """60 of 100 episodes were there already and pass at once: 10 more in 20 s leave 30 for a minute."""
+    clock = [1000.0]
+    monkeypatch.setattr(runs.time, "time", lambda: clock[0])
+    progress = runs.Progress("episodes", 100, 60)
+    for done in range(1, 61):
+        progress(done)
+    assert capsys.readouterr().out == ""
+    clock[0] += 20
+    progress(70)
+    assert capsys.readouterr().out.split() == ["episodes", "70/100", "0.5/s", "1:00", "left"]
+
+
 def test_killed_recording_resumes(done, tmp_path):
     """Episodes that were recorded before the kill are kept, and the dataset is the same."""
     killed = shell(*TINY, "--runs", tmp_path, "--stage", "demos", code=KILLED)
