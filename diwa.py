@@ -255,12 +255,15 @@ def latent_size(cfg):
 def stats_size(cfg):
     return cfg.wm_z * cfg.wm_classes if cfg.wm_latent == "categorical" else 2 * cfg.wm_z
 
+def probs(stats, cfg):
+    """Logits [..., Z * C] -> probabilities [..., Z, C], a little uniform mixed in (DreamerV3)."""
+    p = stats.float().unflatten(-1, (-1, cfg.wm_classes)).softmax(-1)
+    return (1 - cfg.wm_unimix) * p + cfg.wm_unimix / cfg.wm_classes
+
 def log_probs(stats, cfg):
-    """Logits [..., Z * C] -> log-probabilities [..., Z, C], a little uniform mixed in (DreamerV3)."""
-    logits = stats.float().unflatten(-1, (-1, cfg.wm_classes)).log_softmax(-1)
-    if not cfg.wm_unimix:
-        return logits
-    return torch.log((1 - cfg.wm_unimix) * logits.exp() + cfg.wm_unimix / cfg.wm_classes)
+    if cfg.wm_unimix:
+        return probs(stats, cfg).log()
+    return stats.float().unflatten(-1, (-1, cfg.wm_classes)).log_softmax(-1)
 
 def mean_std(stats):
     """Gaussian head [..., 2 Z] -> mean, std [..., Z]."""
@@ -272,12 +275,11 @@ def sample_latent(stats, cfg):
     if cfg.wm_latent == "gaussian":
         mean, std = mean_std(stats)
         return mean + std * torch.randn_like(std)
-    logits = log_probs(stats, cfg)
-    gumbel = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-10, 1 - 1e-7)))
-    drawn = (logits + gumbel).argmax(-1, keepdim=True)                                    # [..., Z, 1]
-    one_hot = torch.zeros_like(logits).scatter_(-1, drawn, 1.0)                           # [..., Z, C]
-    probs = logits.exp()
-    return (one_hot + probs - probs.detach()).flatten(-2)
+    p = probs(stats, cfg)                                                                 # [..., Z, C]
+    below = p.detach().cumsum(-1) <= torch.rand_like(p[..., :1])        # one number in 0..1 a latent
+    drawn = below.sum(-1, keepdim=True).clamp(max=cfg.wm_classes - 1)   # sums of floats may end below 1
+    one_hot = torch.zeros_like(p).scatter_(-1, drawn, 1.0)
+    return (one_hot + p - p.detach()).flatten(-2)
 
 def kl_divergence(p, q, cfg):
     """KL(p || q) summed over the latents: [...]"""
@@ -379,20 +381,19 @@ class WorldModel(nn.Module):
         steps = []
         for t in range(T):
             h = self.transition(h, z, moved[:, t])
-            prior = self.prior(h)
             post = self.post_out(self.post_h(h[:B]) + seen[:, t])
             z = sample_latent(post, self.cfg)
             if streams == 2:
                 watching = (t < context)[:, None]                                         # [B, 1]
-                dreamed = sample_latent(prior[B:], self.cfg)
+                dreamed = sample_latent(self.prior(h[B:]), self.cfg)
                 h = torch.cat([h[:B], torch.where(watching, h[:B], h[B:])])
                 z = torch.cat([z, torch.where(watching, z, dreamed)])
-            steps.append((h, z, post, prior[:B]))
-        hs, zs, posts, priors = (torch.stack(x, 1) for x in zip(*steps))
+            steps.append((h, z, post))
+        hs, zs, posts = (torch.stack(x, 1) for x in zip(*steps))
         last = command[..., -ACTION:].repeat(streams, 1, 1)
         feature = torch.cat([hs, zs, last], -1)                           # [streams * B, T, D]
         dreamed = feature[B:] if streams == 2 else None
-        return feature[:B], (posts, priors), dreamed
+        return feature[:B], (posts, self.prior(hs[:B])), dreamed
 
     def proprio(self, feature):
         """What the model believes of the robot's own state [..., 15]; the pose lags behind the command."""
@@ -453,10 +454,9 @@ def world_model_loss(wm, batch, cfg):
     def reconstruction(f, mask, prefix=""):
         """What features f tell of each frame, against the truth: mean over the frames of the mask [B, T]"""
         parts = [("image", 1.0, wm.image_error(f[:, times], seen), mask[:, times])]
-        parts += [("pose", cfg.wm_proprio, 0.5 * (wm.proprio(f) - batch["proprio"]).square().sum(-1), mask)]
+        parts += [("pose", cfg.wm_proprio, (wm.proprio(f) - batch["proprio"]).square().sum(-1) / 2, mask)]
         if cfg.wm_state:
-            error = 0.5 * (wm.state_head(f) - batch["state"]).square().sum(-1)
-            parts += [("state", cfg.wm_state, error, mask)]
+            parts += [("state", cfg.wm_state, (wm.state_head(f) - batch["state"]).square().sum(-1) / 2, mask)]
         for name, _, error, counts in parts:
             metrics[prefix + name] = (error * counts).sum() / counts.sum().clamp(min=1)
         return sum(weight * metrics[prefix + name] for name, weight, *_ in parts)

@@ -670,6 +670,14 @@ def test_latent_samples_follow_their_distribution():
     assert torch.autograd.grad(z.mean(), stats)[0][:2].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
 
 
+@pytest.mark.parametrize("uniform, drawn", [(0.0, 1), (1 - 2 ** -24, 3)])
+def test_impossible_classes_are_never_drawn(uniform, drawn, monkeypatch):
+    """Whatever the uniform number is, from its least to its greatest."""
+    monkeypatch.setattr(torch, "rand_like", lambda p: torch.full_like(p, uniform))
+    cfg = tiny(wm_latent="categorical", wm_z=1, wm_unimix=0.0)
+    assert diwa.sample_latent(torch.tensor([-500.0, 0, 0, 0, -500]), cfg).argmax() == drawn
+
+
 def test_impossible_classes_are_no_nan():
     """Without unimix a class may have probability 0 in float32; the KL must stay finite."""
     cfg = tiny(wm_latent="categorical", wm_unimix=0.0)
