@@ -597,7 +597,7 @@ class DiffusionActor(nn.Module):
 
     def mean(self, net, x, t, seen):
         """DDPM, eq. 7, the clean chunk's guess clipped: mean of the chunk one step cleaner [..., H, A]."""
-        step = torch.full(x.shape[:-2], t, device=x.device) if isinstance(t, int) else t
+        step = torch.full((1,), t, device=x.device) if isinstance(t, int) else t        # one for all rows
         clean = (x - self.noise[step, None, None] * net(x, step, seen)) / self.signal[step, None, None]
         return self.coef_x0[step, None, None] * clean.clamp(-1, 1) + self.coef_xt[step, None, None] * x
 
@@ -759,20 +759,20 @@ class DreamEnv:
     dream where one ended, `final` is the next feature before any restart, to bootstrap from."""
     simulator_steps = 0                                     # a dream takes none; SimEnv counts its own
     def __init__(self, cfg, wm, classifier, embedding, command, target):
-        """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from"""
+        """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from.
+        The zero state, one frame, the posterior: always the same for a frame, so that is done here."""
         self.cfg = cfg
         self.wm = wm
         self.classifier = classifier
-        self.bank = (embedding, command, target)
+        commands = command.repeat(1, cfg.wm_stride)         # [M, stride * 7]: as if it had stood still
+        with torch.no_grad():
+            h = wm.step(*wm.initial(len(command), command.device), torch.zeros_like(commands), commands)
+            self.bank = (h, wm.posterior(h, embedding), command, target)
 
     def draw(self, n):
-        """Fresh starts: the zero state, one recorded frame, the posterior."""
+        """Fresh starts: one recorded frame each, and a guess from its posterior."""
         index = torch.randint(0, len(self.bank[0]), (n,), device=self.bank[0].device)
-        embedding, command, target = (x[index] for x in self.bank)
-        h, z = self.wm.initial(n, embedding.device)
-        commands = command.repeat(1, self.cfg.wm_stride)    # [n, stride * 7]: as if it had stood still
-        h = self.wm.step(h, z, torch.zeros_like(commands), commands)
-        post = self.wm.posterior(h, embedding)
+        h, post, command, target = (x[index] for x in self.bank)
         state = dict(h=h, z=sample_latent(post, self.cfg), command=command, target=target)
         if self.cfg.ft_twice:
             state.update(h2=h, z2=sample_latent(post, self.cfg))

@@ -578,7 +578,7 @@ class Progress:
         self.shown = 0.0
 
     def __call__(self, done, text=""):
-        if done <= self.first:                              # was there before, so it says nothing of the speed
+        if done <= self.first:                              # was there, so it says nothing of the speed
             return
         tty = sys.stdout.isatty()
         now = time.time()

@@ -57,15 +57,19 @@ def sequence(cfg, wm, B=3, T=6, device="cpu"):
     return [torch.randn(B, T, n, device=device) for n in (wm.embed_size, told, told)]
 
 
-def dream(cfg, wm, classifier=None, horizon=None):
-    """A DreamEnv whose starts are made up, at targets near the home pose."""
-    classifier = classifier or diwa.Classifier(cfg, wm.feature_size).to(cfg.device)
+def made_up_starts(cfg, wm):
+    """Embeddings [9, E], and commands [9, 7] for targets [9, 6] near the home pose."""
     target = data.HOME_POSE + 0.01 * torch.randn(9, 6)
     target = target.to(cfg.device)
     command = data.encode_command(target, torch.ones(9, 1, device=cfg.device))
-    bank = torch.randn(9, wm.embed_size, device=cfg.device), command, target
+    return torch.randn(9, wm.embed_size, device=cfg.device), command, target
+
+
+def dream(cfg, wm, classifier=None, horizon=None, starts=None):
+    """A DreamEnv whose starts are made up."""
+    classifier = classifier or diwa.Classifier(cfg, wm.feature_size).to(cfg.device)
     cfg = dataclasses.replace(cfg, ft_horizon=horizon or cfg.ft_horizon)
-    return diwa.DreamEnv(cfg, wm, classifier, *bank)
+    return diwa.DreamEnv(cfg, wm, classifier, *(starts or made_up_starts(cfg, wm)))
 
 
 def optimizers_for(actor, critic):
@@ -1448,9 +1452,9 @@ def test_dreams_start_from_recorded_frames(no_noise):
     training's first step is."""
     cfg = tiny()
     wm = world(cfg)
-    env = dream(cfg, wm)
+    embedding, command, target = starts = made_up_starts(cfg, wm)
+    env = dream(cfg, wm, starts=starts)
     feature = env.reset()
-    embedding, command, target = env.bank
     want, _, _ = wm.rollout(embedding[:, None], torch.zeros(9, 1, 7), command[:, None])
     distance = torch.cdist(feature, want[:, 0])
     assert distance.min(1).values.max() < 1e-3 and len(set(distance.argmin(1).tolist())) > 1
