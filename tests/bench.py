@@ -20,7 +20,7 @@ import diwa
 import data
 from support import expert
 from support.calvin_real import RealCalvin
-from support.runs import check_config, parse
+from support.runs import check_config, half_precision, parse
 
 
 def rate(call, seconds=4.0):
@@ -111,7 +111,8 @@ def world_model_update(cfg, wm):
     optimizer = torch.optim.AdamW(wm.parameters(), lr=1e-4, fused=True)
 
     def update():
-        loss = diwa.world_model_loss(wm, batch, cfg)[0]
+        with half_precision("cpu", cfg.wm_bf16 and cfg.device == "cpu"):
+            loss = diwa.world_model_loss(wm, batch, cfg)[0]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
