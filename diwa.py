@@ -226,14 +226,14 @@ class ConvEncoder(nn.Module):
         return torch.cat(parts, -1).unflatten(0, static.shape[:-3])
 
 class ConvDecoder(nn.Module):
-    """Feature -> both mean images; transposed convolutions with kernels 5, 5, 6, 6 (DreamerV2)."""
+    """Feature -> both mean images; transposed convolutions with kernels 5 (of one pixel: Linear), 5, 6, 6."""
     def __init__(self, cfg, inputs):
         super().__init__()
         d = cfg.wm_depth
         def camera():
             return nn.Sequential(
-                nn.Linear(inputs, 32 * d), nn.Unflatten(-1, (32 * d, 1, 1)),
-                nn.ConvTranspose2d(32 * d, 4 * d, 5, 2), nn.ELU(),
+                nn.Linear(inputs, 32 * d), nn.Linear(32 * d, 4 * d * 25),
+                nn.Unflatten(-1, (4 * d, 5, 5)), nn.ELU(),
                 nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), nn.ELU(),
                 nn.ConvTranspose2d(2 * d, d, 6, 2), nn.ELU(),
                 nn.ConvTranspose2d(d, 3, 6, 2))

@@ -692,6 +692,18 @@ def test_impossible_classes_are_no_nan():
     assert diwa.kl_divergence(p, q, cfg).isfinite().all() and diwa.log_probs(p, cfg).isfinite().all()
 
 
+def test_the_first_transposed_convolution_is_a_matrix():
+    """DreamerV2's decoder begins with one pixel; given its weights, Linear makes of it the same 5 x 5."""
+    cfg = tiny(wm_encoder="conv", wm_depth=4)
+    camera = diwa.ConvDecoder(cfg, 10).static
+    pixel = camera[0](torch.randn(3, 10))                                                 # [3, 32 * 4]
+    dreamers = nn.ConvTranspose2d(32 * 4, 4 * 4, 5, 2)
+    with torch.no_grad():
+        camera[1].weight.copy_(dreamers.weight.flatten(1).T)
+        camera[1].bias.copy_(dreamers.bias.repeat_interleave(25))
+    torch.testing.assert_close(camera[2](camera[1](pixel)), dreamers(pixel[..., None, None]))
+
+
 def test_norm_gru_formula():
     """One LayerNorm over all three gates, input order [x, h], gates in the order reset, candidate, update,
     and an update bias of -1."""
