@@ -54,6 +54,18 @@ def test_paired_interval_covers():
     assert 0.92 < np.mean(inside) < 0.98
 
 
+def test_the_probe_reads_what_is_no_sum():
+    """Whether two latents agree is no linear function of their one-hots.  The error is on rows that
+    the probe was not fitted on."""
+    torch.manual_seed(0)
+    first, second = torch.randint(4, (2, 4000))
+    feature = torch.cat([torch.eye(4)[first], torch.eye(4)[second], torch.randn(4000, 8)], -1)
+    target = 10 * torch.stack([(first == second).float(), feature[:, 8]], -1)
+    probe = report.fit_probe(feature[:3000], target[:3000], 300)
+    error = (probe(feature[3000:]) - target[3000:]).abs().mean(0)
+    assert (error < torch.tensor([1.0, 1.0])).all()
+
+
 def test_missed_events_and_false_alarms():
     """Four windows: a door that opens and is dreamed to, one that is missed, one that stands still in both,
     one that opens in the dream only."""
