@@ -1000,6 +1000,7 @@ REFERENCE = {  # minutes of each stage at the defaults, on two cores of a server
     "calvin": dict(play=35, demos=0.9, wm=15, bc=0.5, reward=0.8, finetune=2.8, eval=8),
 }
 BFLOAT16_GAIN = 1.8               # times the updates a second (docs/EXPERIMENTS.md, "Faster training?")
+CATEGORICAL_COST = 1.9            # times a Gaussian update's time
 GROWS_WITH = dict(
     play=["play_frames"],
     demos=["demo_count"],
@@ -1022,6 +1023,8 @@ def expectation(cfg, tasks):
         minutes[stage] = reference * math.prod(factors)
     if cfg.wm_bf16 and has_bfloat16(cfg.device):
         minutes["wm"] /= BFLOAT16_GAIN
+    if cfg.wm_latent == "categorical":
+        minutes["wm"] *= CATEGORICAL_COST
     shared = {stage: minutes[stage] for stage in ("play", "wm")}
     each = {stage: value for stage, value in minutes.items() if stage not in shared}
     total = sum(shared.values()) + tasks * sum(each.values())

@@ -454,6 +454,7 @@ def test_a_run_says_what_it_will_take(monkeypatch):
     assert "play 3.8, wm 13.0; for each of 8 tasks demos 0.1" in line(*words)
     assert "play 1.9, wm 26.0;" in line(*words, "--play_frames", "90000", "--wm_updates", "18000")
     assert "eval 0.6;" in line(*words, "--eval_episodes", "50")
+    assert "wm 24.7;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
     assert line(*words, "--wm_encoder", "conv") == ""
     for able, minutes in ((True, 7.2), (False, 13.0)):
         monkeypatch.setattr(runs, "has_bfloat16", lambda device: able)
