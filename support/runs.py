@@ -567,8 +567,32 @@ class Snapshots(dict):
         self.update(content)
 
 
+class Stopwatch:
+    """The minutes that a stage takes; a file beside its output keeps them, so those before a kill count."""
+
+    def __init__(self, cfg, stage):
+        path = output(cfg, stage)
+        self.path = path.with_name(f"{path.stem}.minutes.json")
+        self.work = mark(origin(cfg, stage))
+        kept = load_file(self.path) if self.path.exists() else {}
+        before = kept["minutes"] if kept.get("work") == self.work else 0.0
+        self.start = time.time() - 60 * before
+
+    def minutes(self):
+        return (time.time() - self.start) / 60
+
+    def keep(self):
+        text = json.dumps(dict(work=self.work, minutes=self.minutes()))
+        write_atomic(self.path, lambda path: path.write_text(text))
+
+    def stop(self):
+        self.path.unlink(missing_ok=True)
+        return self.minutes()
+
+
 class Progress:
     """One line with the time left: rewritten on a terminal, printed every 15 seconds into a log file."""
+    stopwatch = None                                        # of the stage that this process is in
 
     def __init__(self, name, total, done=0):
         self.name = name
@@ -576,6 +600,7 @@ class Progress:
         self.first = done
         self.start = time.time()
         self.shown = 0.0
+        self.kept = 0.0
 
     def __call__(self, done, text=""):
         if done <= self.first:                              # was there, so it says nothing of the speed
@@ -585,6 +610,9 @@ class Progress:
         if now - self.shown < (0.5 if tty else 15) and done < self.total:
             return
         self.shown = now
+        if self.stopwatch and now - self.kept > 10:
+            self.kept = now
+            self.stopwatch.keep()
         rate = max(done - self.first, 1e-9) / (now - self.start + 1e-9)
         left = int((self.total - done) / rate)
         line = (f"  {self.name:<14} {done:>7,}/{self.total:,}  {rate:8.1f}/s  "
@@ -637,7 +665,6 @@ def run_stage(cfg, stage, work):
     """Do a stage, work(cfg), unless its output is there for the same settings.
 
     What it reads is checked first."""
-    began = time.time()
     path = output(cfg, stage)
     found = found_origin(cfg, stage)
     settings = other_settings(cfg, stage, found) if found else {}
@@ -658,8 +685,12 @@ def run_stage(cfg, stage, work):
     with alone(path, stage):
         remember(cfg)
         print(f"{stage}: writes {path}")
-        work(cfg)
-        minutes = (time.time() - began) / 60
+        Progress.stopwatch = watch = Stopwatch(cfg, stage)
+        try:
+            work(cfg)
+        finally:
+            Progress.stopwatch = None
+        minutes = watch.stop()
         Log(cfg, stage)(0, dict(minutes=minutes))
     print(f"{stage}: done in {minutes:.1f} min", flush=True)
 

@@ -181,7 +181,11 @@ def test_killed_recording_resumes(done, tmp_path):
         frames = dict(np.load(parts / part))
         frames["robot_obs"][0, 0] += 1
         data.save_part(parts / part, frames)
+    watch = tmp_path / "smoke" / "demos_close_drawer.minutes.json"
+    watch.write_text(json.dumps(dict(json.loads(watch.read_text()), minutes=7.0)))
     assert main(tmp_path, "--stage", "demos") == 0
+    (minutes,) = [row[4] for row in runs.log_rows(tmp_path / "smoke" / "log.csv") if row[3] == "minutes"]
+    assert 7 < float(minutes) < 8 and not watch.exists()
     a, b = (runs.Dataset(f / "smoke" / "demos_close_drawer") for f in (done, tmp_path))
     assert all((a[k] == b[k]).all() for k in ("rgb_static", "rgb_gripper", "scene_obs", "rel_actions"))
     assert ((a["robot_obs"] != b["robot_obs"]).sum() == len(kept))
