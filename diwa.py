@@ -263,7 +263,7 @@ def probs(stats, cfg):
 def log_probs(stats, cfg):
     if cfg.wm_unimix:
         return probs(stats, cfg).log()
-    return stats.float().unflatten(-1, (-1, cfg.wm_classes)).log_softmax(-1)
+    return stats.float().unflatten(-1, (-1, cfg.wm_classes)).log_softmax(-1)              # [..., Z, C]
 
 def mean_std(stats):
     """Gaussian head [..., 2 Z] -> mean, std [..., Z]."""
@@ -278,7 +278,7 @@ def sample_latent(stats, cfg):
     p = probs(stats, cfg)                                                                 # [..., Z, C]
     below = p.detach().cumsum(-1) <= torch.rand_like(p[..., :1])        # one number in 0..1 a latent
     drawn = below.sum(-1, keepdim=True).clamp(max=cfg.wm_classes - 1)   # sums of floats may end below 1
-    one_hot = torch.zeros_like(p).scatter_(-1, drawn, 1.0)
+    one_hot = torch.zeros_like(p).scatter_(-1, drawn, 1.0)              # drawn: [..., Z, 1]
     return (one_hot + p - p.detach()).flatten(-2)
 
 def kl_divergence(p, q, cfg):
