@@ -64,7 +64,7 @@ class RunSettings:
     """What a run is called, where it lies and on what it runs; the method's settings are diwa.Config's."""
     # the run
     stage: str = "all"              # play, demos, wm, bc, reward, finetune, eval, report; online; or all
-    preset: str = "auto"            # cpu, gpu, paper, class or smoke; auto = gpu where CUDA is, else cpu
+    preset: str = "cpu"             # cpu (on GPUs, too), gpu (convolutions), paper, class or smoke
     run: str = ""                   # name of the run folder; default: the preset's name
     runs: str = "runs"              # where run folders are kept
     device: str = "auto"            # cpu, cuda or auto
@@ -107,9 +107,7 @@ def parse(argv, config, presets, description, epilog):
     parser.error = refuse
     argv = [underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
+    preset = given.get("preset", config.preset)
     known(preset, presets, "preset")
     if given.get("run") == "":
         raise InputError("--run '' names no folder: give it a name, or leave --run out")

@@ -1,7 +1,6 @@
 """How fast is it?  python tests/bench.py prints one table: simulator, world model, dream and PPO, on one core
 and this machine's matmul rate.
-With a GPU: python tests/bench.py --device cuda (its preset is `gpu` then; --preset cpu, or any other flag of
-diwa.py, works here too).
+With a GPU: python tests/bench.py --device cuda --preset gpu (any flag of diwa.py works here).
 Real pictures: python tests/bench.py --sim calvin --calvin-root PATH compares RealCalvin with calvin_env.
 
 FLOPs are counted by torch's own counter over one update; "share" is FLOPs a second over what a 512 x 512

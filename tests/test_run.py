@@ -447,6 +447,15 @@ def test_a_simulator_brings_its_own_settings(tmp_path):
     assert settings("--run", "old", "--sim", "calvin") == (0, "unlabelled")
 
 
+def test_a_gpu_gets_the_same_preset(monkeypatch, tmp_path):
+    """Convolutions (`--preset gpu`) are not as good yet, so whoever has CUDA must ask for them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = ["--runs", str(tmp_path)]
+    cfg = runs.check_config(runs.parse(words, diwa.Config, diwa.PRESETS, "", ""))
+    assert (cfg.device, cfg.preset, cfg.run, cfg.wm_encoder) == ("cuda", "cpu", "cpu", "linear")
+    assert runs.parse([*words, "--preset", "gpu"], diwa.Config, diwa.PRESETS, "", "").wm_encoder == "conv"
+
+
 def test_a_run_says_what_it_will_take(monkeypatch):
     """Minutes and GB at the start, scaled from measured ones by the settings they grow with; nothing where
     nothing was measured."""
