@@ -450,6 +450,7 @@ def test_a_simulator_brings_its_own_settings(tmp_path):
 def test_a_gpu_gets_the_same_preset(monkeypatch, tmp_path):
     """Convolutions (`--preset gpu`) are not as good yet, so whoever has CUDA must ask for them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     words = ["--runs", str(tmp_path)]
     cfg = runs.check_config(runs.parse(words, diwa.Config, diwa.PRESETS, "", ""))
     assert (cfg.device, cfg.preset, cfg.run, cfg.wm_encoder) == ("cuda", "cpu", "cpu", "linear")
