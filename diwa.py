@@ -945,7 +945,7 @@ class Agent:
         [B, S, S, 3] u8 -> feature [B, D] of the last frame that was filtered"""
         def tensor(key):
             return torch.as_tensor(np.stack(obs[key])).to(self.cfg.device)
-        robot = tensor("robot_obs")
+        robot = tensor("robot_obs").float()
         tcp, gripper = robot[:, :6], robot[:, 14:]
         if self.target is None:
             self.target = tcp

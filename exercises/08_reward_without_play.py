@@ -1,4 +1,4 @@
-"""Exercise 8, an experiment: a reward that has never seen play (diwa.py, section 4, reward_pairs)
+"""Exercise 8, an experiment: a reward that has never seen play (diwa.py, section 8, reward_pairs)
 
 The paper's classifier learns from demonstrations alone: their ends are success, what comes before is not.
 Ours also sees play, without labels, as what success does not look like.  In demonstrations the door is

@@ -20,7 +20,7 @@ PARTS = {  # part of the world model: the names that its weights begin with
     "memory": ("gru", "from_z", "from_action", "norm"),
     "prior": ("prior",),
     "posterior": ("post_h", "post_e", "post_out"),
-    "decoder": ("decoder", "pose_head", "state_head"),
+    "decoder": ("decoder", "pose_head"),
 }
 
 
@@ -169,7 +169,7 @@ def draw_model(cfg, path):
 
 
 def tables():
-    cfg = diwa.Config(device="cpu", wm_state=1.0)
+    cfg = diwa.Config(device="cpu")
     return [*sizes(cfg), "", *timeline(cfg), "", *gradients(cfg)]
 
 

@@ -426,6 +426,10 @@ def test_a_finished_policy_is_deployed_by_its_run(done):
     for t in range(3):
         action, = agent.act({key: [play[key][t]] for key in ("rgb_static", "rgb_gripper", "robot_obs")})
         assert action.shape == (7,) and np.abs(action).max() <= 1 and action[6] in (-1, 1)
+    agent.reset(1)                                          # a robot's own numbers are Python's, of 64 bits
+    seen = {key: [play[key][0]] for key in ("rgb_static", "rgb_gripper")}
+    action, = agent.act(dict(seen, robot_obs=[play["robot_obs"][0].astype(float)]))
+    assert action.shape == (7,)
 
 
 def test_a_simulator_brings_its_own_settings(tmp_path):
