@@ -105,7 +105,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera, which has 3/4 of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
-    wm_state: float = 0.0           # weight of the scene's state, paper's hybrid (0: pixels; CALVIN: 100)
+    wm_state: float = 0.0           # weight of the scene's state, paper's hybrid (0: pixels alone)
     wm_inverse: float = 0.0         # weight of guessing the action between two embeddings (WAM; paper: 0)
     wm_heads: int = 0               # more priors, for ft_doubt: no dream follows them
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)

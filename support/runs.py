@@ -89,12 +89,14 @@ def parse(argv, config, presets, description, epilog):
         group = parser.add_argument_group(title)
         for name, text in names.items():
             field = config.__dataclass_fields__[name]
+            usual = [str(field.default)]
+            usual += [f"{sim}: {change[name]}" for sim, change in BY_SIMULATOR.items() if name in change]
             group.add_argument(
                 f"--{name}",
                 type=field.type,
                 default=argparse.SUPPRESS,
                 metavar=field.type.__name__.upper(),
-                help=f"{text} [{field.default}]".replace("%", "%%"),
+                help=f"{text} [{'; '.join(usual)}]".replace("%", "%%"),
             )
 
     def refuse(message):

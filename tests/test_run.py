@@ -291,6 +291,9 @@ def test_help_lists_every_setting(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(diwa.Config):
         assert f"--{field.name}" in text
+    text = " ".join(text.split())                            # wrapped lines joined
+    for name, value in runs.BY_SIMULATOR["calvin"].items():
+        assert f"[{getattr(diwa.Config, name)}; calvin: {value}]" in text, name
 
 
 def test_online_rival_runs(done):
