@@ -24,8 +24,9 @@ PRESETS = {
 }
 
 # What a simulator needs that the presets do not say, by measurement (docs/EXPERIMENTS.md, "What does the
-# world model see of CALVIN's door?", "Strict labels", "Twice the updates, in bfloat16")
+# world model see of CALVIN's door?", "Strict labels", "Twice the updates, in bfloat16", "Longer practice on
+# CALVIN")
 BY_SIMULATOR = {
     "calvin": dict(wm_state=100.0, reward_labels="strict", wm_updates=18_000, wm_bf16=1,
-                   wm_latent="categorical", wm_z=32),
+                   wm_latent="categorical", wm_z=32, ft_iterations=72, ft_snapshot=18),
 }
