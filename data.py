@@ -4,7 +4,7 @@ A dataset is a folder of plain arrays, N frames long, that are memory-mapped whe
 
     rgb_static.npy   [N, S, S, 3] u8     rgb_gripper.npy [N, S, S, 3] u8
     robot_obs.npy    [N, 15] f32         scene_obs.npy   [N, 24] f32, optional: a robot in a kitchen has none
-    rel_actions.npy  [N, 7]  f32         the command given AT the frame; it leads to the next one
+    rel_actions.npy  [N, 7]  f32         the action given AT the frame; it leads to the next one
     ep_start_end_ids.npy [E, 2] i64      first and last frame of each episode, both INCLUSIVE (as in CALVIN)
     meta.json                            source, renderer, image size, seed, versions, and the task segments
 

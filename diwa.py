@@ -125,13 +125,13 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     reward_lr: float = 3e-4         # Adam (paper: 1e-6)
     reward_tau: float = 0.5         # NT-Xent temperature (paper: 0.5)
     reward_ce: float = 0.5          # weight of the cross-entropy beside NT-Xent (paper: 0.5)
-    reward_play: float = 0.5        # weight of an unlabelled play pair in the cross-entropy
+    reward_play: float = 0.5        # weight of play's unlabelled (strict: solved) pairs in cross-entropy
     # ft: PPO in the dream, sections 5 and 6
     ft_dreams: int = 128            # parallel dreams (paper: 50)
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
     ft_starts: float = 0.75         # dreams start in this first part of a demonstration (0: first frame)
-    ft_play: float = 0.06           # and in this share of play, the frames most like a demonstration
+    ft_play: float = 0.06           # and in this share of play's frames: at the defaults two dreams of three
     ft_shift: float = 0.006         # each dream misplaces the arm: std (m) in each of x, y, z (paper: 0)
     ft_twice: int = 0               # 1: success must show in a second draw of the dream's latents, too
     ft_doubt: float = 0.0           # what a std of 1 among the wm_heads takes from each chunk's reward
@@ -247,7 +247,7 @@ class ConvDecoder(nn.Module):
             images = [net(flat).float() for net in (self.static, self.gripper)]      # [N, 3, 64, 64] each
         return [image.permute(0, 2, 3, 1).unflatten(0, feature.shape[:-1]) for image in images]
 
-# --- the stochastic latent: categorical (the paper) or Gaussian ---------------------------------------------
+# --- the stochastic latent: categorical (the paper) or Gaussian; stats: its parameters [..., stats_size] --
 
 def latent_size(cfg):
     return cfg.wm_z * cfg.wm_classes if cfg.wm_latent == "categorical" else cfg.wm_z
@@ -275,8 +275,8 @@ def sample_latent(stats, cfg):
     if cfg.wm_latent == "gaussian":
         mean, std = mean_std(stats)
         return mean + std * torch.randn_like(std)
-    p = probs(stats, cfg)                                                                 # [..., Z, C]
-    below = p.detach().cumsum(-1) <= torch.rand_like(p[..., :1])        # one number in 0..1 a latent
+    p = probs(stats, cfg)                                               # [..., Z latents, C classes]
+    below = p.detach().cumsum(-1) <= torch.rand_like(p[..., :1])        # inverse CDF: one number a latent
     drawn = below.sum(-1, keepdim=True).clamp(max=cfg.wm_classes - 1)   # sums of floats may end below 1
     one_hot = torch.zeros_like(p).scatter_(-1, drawn, 1.0)              # drawn: [..., Z, 1]
     return (one_hot + p - p.detach()).flatten(-2)
@@ -291,9 +291,9 @@ def kl_divergence(p, q, cfg):
 
 def balanced_kl(post, prior, cfg):
     """DreamerV2, algorithm 2: the prior moves towards the posterior faster than the other way round."""
-    to_prior = kl_divergence(post.detach(), prior, cfg).clamp(min=cfg.wm_free)
-    to_post = kl_divergence(post, prior.detach(), cfg).clamp(min=cfg.wm_free)
-    return cfg.wm_balance * to_prior + (1 - cfg.wm_balance) * to_post
+    trains_prior = kl_divergence(post.detach(), prior, cfg).clamp(min=cfg.wm_free)
+    trains_post = kl_divergence(post, prior.detach(), cfg).clamp(min=cfg.wm_free)
+    return cfg.wm_balance * trains_prior + (1 - cfg.wm_balance) * trains_post
 
 class WorldModel(nn.Module):
     def __init__(self, cfg):
@@ -308,7 +308,7 @@ class WorldModel(nn.Module):
         hidden = [2 * e] if self.codec else []              # the convolutions are deep enough
         self.fuse = mlp([seen] + hidden + [e, e])           # the image part of an embedding
         self.embed_size = e + PROPRIO
-        self.from_z = nn.Linear(z, cfg.wm_hidden)
+        self.from_z = nn.Linear(z, cfg.wm_hidden)           # with from_action one layer, in two parts
         waves = 2 * 3 * cfg.wm_octaves                      # sine and cosine of x, y, z
         self.from_action = nn.Linear(cfg.wm_stride * (2 * ACTION + waves), cfg.wm_hidden, bias=False)
         self.norm = nn.Sequential(nn.LayerNorm(cfg.wm_hidden, eps=1e-3), nn.ELU())
@@ -377,16 +377,16 @@ class WorldModel(nn.Module):
         streams = 1 if context is None else 2
         h, z = self.initial(streams * B, action.device)
         moved = self.moved(self.blur(action, 3), self.blur(command)).repeat(streams, 1, 1)
-        seen = self.post_e(embedding)                       # what needs no recurrence, for all T at once
+        from_e = self.post_e(embedding)                     # what needs no recurrence, for all T at once
         steps = []
         for t in range(T):
             h = self.transition(h, z, moved[:, t])
-            post = self.post_out(self.post_h(h[:B]) + seen[:, t])
+            post = self.post_out(self.post_h(h[:B]) + from_e[:, t])
             z = sample_latent(post, self.cfg)
             if streams == 2:
                 watching = (t < context)[:, None]                                         # [B, 1]
                 dreamed = sample_latent(self.prior(h[B:]), self.cfg)
-                h = torch.cat([h[:B], torch.where(watching, h[:B], h[B:])])
+                h = torch.cat([h[:B], torch.where(watching, h[:B], h[B:])])     # (equal until then)
                 z = torch.cat([z, torch.where(watching, z, dreamed)])
             steps.append((h, z, post))
         hs, zs, posts = (torch.stack(x, 1) for x in zip(*steps))
@@ -423,8 +423,8 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def watch_and_dream(self, recording, starts, length, last=None):
         """Windows as the posterior sees them and as the prior dreams them from their first frame alone.
-        starts [W]; length in frames, of which every wm_stride-th is looked at; last [W]: last frame of each
-        window's episode (past it, it repeats).  -> posterior, dreamed [W, T, D], frame numbers [W, T]"""
+        starts [W]; length in frames, of which every wm_stride-th is looked at; last [W]: each window's last
+        frame, which repeats from then on.  -> posterior, dreamed [W, T, D], frame numbers [W, T]"""
         stride = self.cfg.wm_stride
         frames = starts[:, None] + np.arange(0, length, stride)
         if last is not None:
@@ -475,7 +475,7 @@ def world_model_loss(wm, batch, cfg):
     return loss, metrics
 
 # 3  Actor ===================================================================================================
-#    A diffusion policy turns noise into a chunk of H actions in K denoising steps (DDPM, eq. 11), conditioned
+#    A diffusion policy turns noise into a chunk of H actions in K denoising steps (DDPM, eq. 7), conditioned
 #    on the world model's feature.  Cloning trains the denoiser to predict the noise that was added to a
 #    demonstrated chunk.  For PPO (section 6) each of the last K' steps is a Gaussian whose log-density we can
 #    write down; that is the whole trick of DPPO.  The paper counts steps k = K..1, the code t = k - 1:
@@ -578,8 +578,8 @@ class DiffusionActor(nn.Module):
         self.base = copy.deepcopy(self.net).requires_grad_(False)
         i = torch.arange(self.K + 1, dtype=torch.float64) / self.K
         f = torch.cos((i + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = (1 - f[1:] / f[:-1]).clamp(0, 0.999)         # cosine schedule, in float64
-        bar = torch.cumprod(1 - beta, 0)
+        beta = (1 - f[1:] / f[:-1]).clamp(0, 0.999)         # cosine schedule (2102.09672), in float64
+        bar = torch.cumprod(1 - beta, 0)                    # alpha-bar at t, `before` at t - 1 (DDPM)
         before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         variance = beta * (1 - before) / (1 - bar)
         schedule = dict(signal=bar.sqrt(), noise=(1 - bar).sqrt(), std=variance.clamp(min=1e-20).sqrt(),
@@ -618,9 +618,9 @@ class DiffusionActor(nn.Module):
         return torch.stack(chain, 1)                                                      # [B, K'+1, H, A]
 
     def chain_logprob(self, feature, chain):
-        """Log-probability of every recorded step, AVERAGED over the chunk's H * A numbers, as in DPPO: the
-        ratio of a sum would leave the clip range 28 times as soon.  feature [B, D], chain [B, K'+1, H, A]
-        -> [B, K']; step j turns chain[j] into chain[j + 1], and t = K'-1-j."""
+        """Log-probability of every recorded step, AVERAGED over the chunk's H * A numbers, as in DPPO: ratios
+        are geometric means (those of sums leave the clip range 28 times as soon).  feature [B, D],
+        chain [B, K'+1, H, A] -> [B, K']; step j turns chain[j] into chain[j + 1], and t = K'-1-j."""
         t = torch.arange(self.ft_steps - 1, -1, -1, device=chain.device)                     # [K']
         mean = self.mean(self.net, chain[:, :-1], t, self.net.see(feature)[:, None])      # [B, K', H, A]
         std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]         # also at t = 0, as in sampling
@@ -777,7 +777,7 @@ class DreamEnv:
         if self.cfg.ft_twice:
             state.update(h2=h, z2=sample_latent(post, self.cfg))
         # In units of the command, 0.1 m.  The model hears it; the feature's c is without, or the policy would
-        # correct for it.  0 where each target begins at the arm: with the arm's pose it would add up
+        # correct for it.  None where each target begins at the (shifted) arm: the shifts would pile up
         shift = self.wm.keeps_target * self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
@@ -821,7 +821,7 @@ def dream_step(wm, state, action, shift=0.0):
     tcp = wm.tcp(feature_of(state)) if wm.cfg.wm_proprio else target
     for a in action.unbind(1):
         target = advance_target(target, a, tcp, keep)
-        keep = 1                                            # within a step the guess of tcp stays
+        keep = 1                                            # tcp is guessed once a step: add to the target
         command = encode_command(target, a[:, 6:])
         commands.append(command + shift)
     h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1))
@@ -829,7 +829,7 @@ def dream_step(wm, state, action, shift=0.0):
 
 def dream_chunk(wm, classifier, state, first, chunk, shift=0.0):
     """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two steps look
-    like success.  One is noisy, for z is sampled, and PPO would wait for chance positives."""
+    like success.  One verdict is noisy, for z is sampled: PPO would wait for chance positives."""
     for action in chunk.split(wm.cfg.wm_stride, 1):
         before = state
         state = dream_step(wm, state, action, shift)
@@ -897,7 +897,7 @@ def ppo_loss(cfg, actor, critic, b):
     return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
 
 def ppo_iteration(cfg, env, actor, critic, *optimizers):
-    """Dream, from new starts (so that a resumed run misses nothing), then learn from it.  -> diagnostics"""
+    """Dream from new starts (a resumed run misses nothing), then learn.  optimizers: critic's[, actor's]"""
     roll = dream_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
     advantage, returns = gae(roll["reward"], roll["value"], roll["next_value"], roll["terminated"],
@@ -1018,7 +1018,7 @@ def stage_wm(cfg):
     starts = window_starts(dataset.split()[0], window[-1] + 1)
     loss_of = parallel.in_step(wm, world_model_loss)        # torchrun starts several processes, else one
     updates = Updates(cfg, "wm", cfg.wm_updates, state)
-    for i, rng in updates:
+    for i, rng in updates:                                  # draws of update i; a killed run goes on there
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates, floor=cfg.wm_lr_end)
         first = parallel.share(rng.choice(starts, cfg.wm_batch))
         with half_precision("cpu", cfg.wm_bf16 and cfg.device == "cpu"):
@@ -1065,7 +1065,7 @@ def reward_pairs(cfg, wm, recording, play, rng):
         raise InputError(f"no demonstration of {cfg.task} fulfils the task's rule, so nothing shows what "
                          f"success is: are the segments and scene_obs of {output(cfg, 'demos')} right?")
     pairs = [(first, feature, success.long())]
-    done = dict(predicate=SUCCESS, strict=ELSEWHERE).get(cfg.reward_labels)     # in play, by the task's rule
+    solved = dict(predicate=SUCCESS, strict=ELSEWHERE).get(cfg.reward_labels)   # kind, if a rule labels play
     if cfg.reward_labels != "demos":
         length = play.ds.window_length()
         begin = rng.choice(window_starts(play.ds.split()[0], length), min(1500, 50 * cfg.demo_count))
@@ -1075,13 +1075,13 @@ def reward_pairs(cfg, wm, recording, play, rng):
         for f in (seen, dreamed):
             # Where a rule can label any pair, compare with any window's start: a lamp is off wherever the arm
             # is, not only beside the lever.  Else with the start of its own window
-            other = rng.integers(0, len(frames), moments.shape) if done else own
+            other = rng.integers(0, len(frames), moments.shape) if solved else own
             first = f[torch.from_numpy(other), 0].flatten(0, 1)                           # [W * 12, D]
             feature = f[torch.from_numpy(own), torch.from_numpy(moments)].flatten(0, 1)
             kind = torch.full((len(feature),), UNLABELLED, device=cfg.device)
-            if done:
+            if solved:
                 success = play.success(cfg.task, frames[other, 0], frames[own, moments]).ravel()
-                kind = torch.from_numpy(np.where(success, done, FAILURE)).to(cfg.device)
+                kind = torch.from_numpy(np.where(success, solved, FAILURE)).to(cfg.device)
             pairs.append((first, feature, kind))
     return [torch.cat(parts) for parts in zip(*pairs)]
 
