@@ -386,8 +386,7 @@ class WorldModel(nn.Module):
             if streams == 2:
                 watching = (t < context)[:, None]                                         # [B, 1]
                 dreamed = sample_latent(self.prior(h[B:]), self.cfg)
-                h = torch.cat([h[:B], torch.where(watching, h[:B], h[B:])])     # (equal until then)
-                z = torch.cat([z, torch.where(watching, z, dreamed)])
+                z = torch.cat([z, torch.where(watching, z, dreamed)])       # so h is the same until then
             steps.append((h, z, post))
         hs, zs, posts = (torch.stack(x, 1) for x in zip(*steps))
         last = command[..., -ACTION:].repeat(streams, 1, 1)
@@ -844,9 +843,10 @@ def executed(action):
 #    Two nested decision processes.  The outer one's step is a chunk (T counts chunks here): rewards, values
 #    and GAE live on features.  The inner one's step is a denoising step: state (feature, chain[j]), action
 #    chain[j + 1], its log-probability by chain_logprob, and as advantage the chunk's, discounted by how many
-#    steps are left to clean it.  With K' = 1 that is one Gaussian around the executed chunk.  Four things to
-#    get right: average a chunk's log-probs, give noisy steps a tighter clip, bootstrap a cut dream from its
-#    own last feature, and stay close to what was cloned.
+#    steps are left to clean it, for those decide more of what the arm does.  With K' = 1 that is one Gaussian
+#    around the executed chunk.  Four things to get right: average a chunk's log-probs, give noisy steps a
+#    tighter clip (DPPO: steadier learning), bootstrap a cut dream from its own last feature, and stay close
+#    to what was cloned.
 
 def gae(reward, value, next_value, terminated, truncated, gamma, lam):
     """Generalised advantage estimation over chunks (1506.02438, eq. 16), all [T, B] -> advantage, return
