@@ -14,7 +14,7 @@ Read it top to bottom; each section is one idea.  What no paper mentions is in s
 Symbols
     B batch (dreams)    T time steps    H chunk length    A = 7 numbers of an action
     S side of an image    K denoising steps, K' of them fine-tuned    N any number of rows
-    W windows of a recording, P moments in them, M frames to start from
+    W windows of a recording, P moments out of all of them, M frames to start from
     h deterministic and z stochastic latent (z is drawn, the rest follows)    E size of an embedding
     D size of the feature [h, z, c], 256 + 48 + 7 by default    target: the pose that the arm has been told
     to reach, in m and rad    command c: the same in a network's units, and the last gripper command
@@ -158,7 +158,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
 
 # 2  World model =============================================================================================
 #    A recurrent state-space model (DreamerV2, eq. 1): it watches both cameras and the robot's own pose, keeps
-#    a deterministic memory h and a stochastic guess z, and learns to foresee z unseen.
+#    a deterministic memory h and a stochastic guess z, and learns to foresee z without seeing the frame.
 #
 #        h_t  = GRU(h_{t-1}, [z_{t-1}, a_{t-1}, c_t])  what has happened
 #        z^_t ~ prior(h_t)                             what the frame should look like    <- dreams use this
@@ -370,7 +370,7 @@ class WorldModel(nn.Module):
 
     def rollout(self, embedding, action, command, context=None):
         """Watch a sequence and, beside it, dream it.
-        embedding [B, T, E]; action, command [B, T, stride * 7] (what led to the frame); context [B]: frames
+        embedding [B, T, E]; action, command [B, T, stride * 7] (what led to the frame); context [B]: steps
         that the dreaming stream may watch before it uses the prior alone, or None for no such stream.
         -> posterior features, (posteriors, priors) [B, T, stats_size], dreamed features [B, T, D] or None"""
         B, T = action.shape[:2]
@@ -400,7 +400,7 @@ class WorldModel(nn.Module):
         return self.pose_head(feature) + F.pad(command[..., :POSE], (0, PROPRIO - POSE))
 
     def tcp(self, feature):
-        """The TCP pose [..., 6] (m, rad) that the model believes in."""
+        """The pose [..., 6] (m, rad) of the tool centre point (TCP) that the model believes in."""
         return decode_pose(self.proprio(feature)[..., :POSE])
 
     def image_error(self, feature, batch):
@@ -428,16 +428,16 @@ class WorldModel(nn.Module):
         frames = starts[:, None] + np.arange(0, length, stride)
         if last is not None:
             frames = np.minimum(frames, (last - (last - starts) % stride)[:, None])
-        seen, dreamed = [], []
+        watched, dreamed = [], []
         for block in np.array_split(frames, max(1, len(frames) // 128)):
             batch = recording.batch(block)
             context = torch.ones(len(block), device=self.cfg.device)
             feature, _, dream = self.rollout(self.embed(batch), batch["action"], batch["command"], context)
             rows = np.arange(len(block))[:, None]
-            times = (block - block[:, :1]) // stride
-            seen.append(feature[rows, times])
+            times = (block - block[:, :1]) // stride        # past the end: the last step's feature again
+            watched.append(feature[rows, times])
             dreamed.append(dream[rows, times])
-        return torch.cat(seen), torch.cat(dreamed), frames
+        return torch.cat(watched), torch.cat(dreamed), frames
 
 def world_model_loss(wm, batch, cfg):
     """DreamerV2's loss without reward and discount heads, but with pose (and state), watched and dreamed."""
@@ -448,11 +448,11 @@ def world_model_loss(wm, batch, cfg):
     embedding = wm.embed(batch)
     feature, (post, prior), dreamed = wm.rollout(embedding, batch["action"], batch["command"], context)
     times = torch.randperm(T, device=device)[:max(1, round(T * cfg.wm_decode))]           # decode only some
-    seen = {k: v[:, times] for k, v in batch.items() if k in ("codes", "rgb_static", "rgb_gripper")}
+    truth = {k: v[:, times] for k, v in batch.items() if k in ("codes", "rgb_static", "rgb_gripper")}
     metrics = dict(kl=balanced_kl(post, prior, cfg).mean())
     def reconstruction(f, mask, prefix=""):
         """What features f tell of each frame, against the truth: mean over the frames of the mask [B, T]"""
-        parts = [("image", 1.0, wm.image_error(f[:, times], seen), mask[:, times])]
+        parts = [("image", 1.0, wm.image_error(f[:, times], truth), mask[:, times])]
         parts += [("pose", cfg.wm_proprio, (wm.proprio(f) - batch["proprio"]).square().sum(-1) / 2, mask)]
         if cfg.wm_state:
             parts += [("state", cfg.wm_state, (wm.state_head(f) - batch["state"]).square().sum(-1) / 2, mask)]
@@ -486,7 +486,7 @@ def world_model_loss(wm, batch, cfg):
 #
 #    The log-probability uses the practice's std.  With K = 20 sigma is .076 or more at t > 0, 1e-10 at t = 0:
 #    without the floor the last step would explore nothing, and its density be too sharp for a gradient.
-#    base is the cloned net, frozen; net is its copy that PPO trains; chain[K'] is what the arm executes.
+#    base is the cloned net, frozen; net is its copy that PPO trains; the arm gets chain[K'], clamped.
 
 class TimeEmbedding(nn.Sequential):
     """A denoising step t [...], as sinusoids and through two layers -> [..., TIME]"""
@@ -551,7 +551,7 @@ class UNetDenoiser(nn.Module):
     def forward(self, x, t, feature):
         rows = x.shape[:-2]
         condition = torch.cat([self.time(t).expand(*rows, -1), feature.expand(*rows, -1)], -1)
-        condition = condition.flatten(0, -2)                                              # [N, 16 + D]
+        condition = condition.flatten(0, -2)                                              # [N, TIME + D]
         x = x.flatten(0, -3).transpose(1, 2)                                              # [N, A, H]
         a = self.down[0](x, condition)                                                    # [N, 64, H]
         b = self.down[1](self.halve[0](a), condition)                                     # [N, 128, H/2]
@@ -603,7 +603,7 @@ class DiffusionActor(nn.Module):
     @torch.no_grad()
     def sample_chain(self, feature, explore=True, frozen=False):
         """feature [B, D] -> chain [B, K'+1, H, A]: the first fine-tuned step's input, then each output.
-        Noise stays within 3 std.  explore: the stds of practice, else the robot's.  frozen: base alone."""
+        Each step's noise: within 3 std.  explore: practice's stds, else a robot's.  frozen: base alone."""
         x = torch.randn(len(feature), self.cfg.bc_chunk, ACTION, device=feature.device)
         chain = [x] if self.ft_steps == self.K else []
         seen, seen_by_base = self.net.see(feature), self.base.see(feature)                # once a chain
@@ -685,9 +685,9 @@ def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
     inside = moments <= starts[:, 1:]
     parts = []
     for _ in range(draws):
-        seen, dreamed, frames = wm.watch_and_dream(recording, starts[:, 0], length, starts[:, 1])
+        watched, dreamed, frames = wm.watch_and_dream(recording, starts[:, 0], length, starts[:, 1])
         begin = np.broadcast_to(starts[:, :1], frames.shape)
-        for f in (seen, dreamed):
+        for f in (watched, dreamed):
             rows = torch.from_numpy(inside).to(f.device)
             parts.append((f[rows], f[:, :1].expand_as(f)[rows], frames[inside], begin[inside]))
     feature, first, frame, start = zip(*parts)
@@ -729,8 +729,8 @@ class DecodedRule(Classifier):
         return None, F.one_hot(done.long().to(feature.device), 2).float()
 
 def build_classifier(cfg, wm):
-    kind = DecodedRule(cfg, wm) if cfg.reward_labels == "state" else Classifier(cfg, wm.feature_size)
-    return kind.to(cfg.device)
+    model = DecodedRule(cfg, wm) if cfg.reward_labels == "state" else Classifier(cfg, wm.feature_size)
+    return model.to(cfg.device)
 
 def nt_xent(embedding, label, tau):
     """Supervised contrastive loss (Khosla et al. 2020, eq. 2): pull same-class embeddings together.
@@ -776,7 +776,7 @@ class DreamEnv:
         if self.cfg.ft_twice:
             state.update(h2=h, z2=sample_latent(post, self.cfg))
         # In units of the command, 0.1 m.  The model hears it; the feature's c is without, or the policy would
-        # correct for it.  None where each target begins at the (shifted) arm: the shifts would pile up
+        # correct for it.  Zero where each target begins at the (shifted) arm: the shifts would pile up
         shift = self.wm.keeps_target * self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
@@ -800,7 +800,7 @@ class DreamEnv:
         final = feature_of(now)                                                           # [B, D]
         terminated = reward > 0
         if self.cfg.ft_doubt:
-            guesses = torch.stack([head(now["h"]) for head in self.wm.more_priors])
+            guesses = torch.stack([head(now["h"]) for head in self.wm.more_priors])   # [heads, B, stats_size]
             reward = reward - self.cfg.ft_doubt * guesses.std(0).mean(-1)
         truncated = (age >= self.cfg.ft_horizon) & ~terminated
         done = terminated | truncated
@@ -843,8 +843,8 @@ def executed(action):
 #    Two nested decision processes.  The outer one's step is a chunk (T counts chunks here): rewards, values
 #    and GAE live on features.  The inner one's step is a denoising step: state (feature, chain[j]), action
 #    chain[j + 1], its log-probability by chain_logprob, and as advantage the chunk's, discounted by how many
-#    steps are left to clean it, for those decide more of what the arm does.  With K' = 1 that is one Gaussian
-#    around the executed chunk.  Four things to get right: average a chunk's log-probs, give noisy steps a
+#    steps are left to clean it, for later steps decide more of what the arm does.  (K' = 1: one Gaussian
+#    gives the chunk.)  Four things to get right: average a chunk's log-probs, give noisy steps a
 #    tighter clip (DPPO: steadier learning), bootstrap a cut dream from its own last feature, and stay close
 #    to what was cloned.
 
@@ -881,7 +881,7 @@ def dream_rollout(cfg, env, actor, critic):
 def ppo_loss(cfg, actor, critic, b):
     """DPPO, eq. 11.  b: a minibatch with feature [N, D], chain [N, K'+1, H, A], logprob [N, K'], advantage,
     return [N], anchor (chains of the cloned policy, to be kept likely).  -> loss, diagnostics"""
-    left = torch.arange(actor.ft_steps - 1, -1, -1, device=b["feature"].device)    # steps left
+    left = torch.arange(actor.ft_steps - 1, -1, -1, device=b["feature"].device)    # steps that follow
     advantage = b["advantage"][:, None] * cfg.ft_gamma_denoise ** left                    # [N, K']
     log_ratio = actor.chain_logprob(b["feature"], b["chain"]) - b["logprob"]
     ratio = log_ratio.exp()
@@ -920,7 +920,7 @@ def ppo_iteration(cfg, env, actor, critic, *optimizers):
     return out
 
 # 7  Agent ===================================================================================================
-#    World model and actor as one object, which a robot or an evaluation runs: it filters every wm_stride-th
+#    World model and actor as one object, which a robot or an evaluation runs: it takes in every wm_stride-th
 #    frame with the actions that led to it, and every H steps asks the actor for a new chunk.
 
 class Agent:
@@ -942,7 +942,7 @@ class Agent:
     @torch.no_grad()
     def observe(self, obs):
         """Take in one control step's robot_obs [B, 15] and, at every wm_stride-th, rgb_static and rgb_gripper
-        [B, S, S, 3] u8 -> feature [B, D] of the last frame that was filtered"""
+        [B, S, S, 3] u8 -> feature [B, D] of the last frame that was taken in"""
         def tensor(key):
             return torch.as_tensor(np.stack(obs[key])).to(self.cfg.device)
         robot = tensor("robot_obs").float()
@@ -957,10 +957,10 @@ class Agent:
             self.pending.append((self.action, command))
         self.tcp = tcp
         if len(self.pending) == self.cfg.wm_stride:
-            seen = {key: tensor(key) for key in ("rgb_static", "rgb_gripper")}
-            seen["proprio"] = encode_proprio(robot)
+            frame = {key: tensor(key) for key in ("rgb_static", "rgb_gripper")}
+            frame["proprio"] = encode_proprio(robot)
             self.h = self.wm.step(self.h, self.z, *(torch.cat(x, -1) for x in zip(*self.pending)))
-            self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(seen)), self.cfg)
+            self.z = sample_latent(self.wm.posterior(self.h, self.wm.embed(frame)), self.cfg)
             self.state = dict(h=self.h, z=self.z, command=command, target=self.target)
             self.pending = []
             self.begin = self.begin or self.state
@@ -1069,10 +1069,10 @@ def reward_pairs(cfg, wm, recording, play, rng):
     if cfg.reward_labels != "demos":
         length = play.ds.window_length()
         begin = rng.choice(window_starts(play.ds.split()[0], length), min(1500, 50 * cfg.demo_count))
-        seen, dreamed, frames = wm.watch_and_dream(play, begin, length)
+        watched, dreamed, frames = wm.watch_and_dream(play, begin, length)
         moments = rng.integers(1, frames.shape[1], (len(frames), 12))                     # [W, 12]
         own = np.arange(len(frames))[:, None].repeat(12, 1)                               # [W, 12] windows
-        for f in (seen, dreamed):
+        for f in (watched, dreamed):
             # Where a rule can label any pair, compare with any window's start: a lamp is off wherever the arm
             # is, not only beside the lever.  Else with the start of its own window
             other = rng.integers(0, len(frames), moments.shape) if solved else own
@@ -1159,7 +1159,7 @@ def finetune(cfg, env, actor, stage="finetune", rival=None):
                  actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     updates = Updates(cfg, stage, rival.iterations if rival else cfg.ft_iterations, state, every=1)
     for i, _ in updates:
-        learning = [critic_optimizer, actor_optimizer][:1 if i < cfg.ft_warmup else 2]
+        learning = [critic_optimizer] if i < cfg.ft_warmup else [critic_optimizer, actor_optimizer]
         metrics = ppo_iteration(cfg, env, actor, critic, *learning)
         if rival and rival.reached(actor, metrics):
             updates.total = i + 1
@@ -1183,7 +1183,7 @@ def deploy(*flags):
     return load_agent(check_config(parse(flags, Config, PRESETS, "", "")), "tuned")
 
 def stage_eval(cfg):
-    """Before and after from the same start states: only here does the tuned policy meet a simulator."""
+    """Before and after from the same start states: not before does the tuned policy meet a simulator."""
     (evaluate.one_policy if cfg.policy else evaluate.before_and_after)(cfg, load_agent)
 
 def stage_report(cfg):
