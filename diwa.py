@@ -131,7 +131,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
     ft_starts: float = 0.75         # dreams start in this first part of a demonstration (0: first frame)
-    ft_play: float = 0.06           # and in this share of play's frames: at the defaults two dreams of three
+    ft_play: float = 0.06           # and in this share of play, most like one: by default two dreams of three
     ft_shift: float = 0.006         # each dream misplaces the arm: std (m) in each of x, y, z (paper: 0)
     ft_twice: int = 0               # 1: success must show in a second draw of the dream's latents, too
     ft_doubt: float = 0.0           # what a std of 1 among the wm_heads takes from each chunk's reward
@@ -897,7 +897,7 @@ def ppo_loss(cfg, actor, critic, b):
     return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
 
 def ppo_iteration(cfg, env, actor, critic, *optimizers):
-    """Dream from new starts (a resumed run misses nothing), then learn.  optimizers: critic's[, actor's]"""
+    """Dream from new starts (a resumed run misses nothing); learn.  optimizers: critic[, actor] -> metrics"""
     roll = dream_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
     advantage, returns = gae(roll["reward"], roll["value"], roll["next_value"], roll["terminated"],
