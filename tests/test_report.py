@@ -10,10 +10,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import ablate
 import calvin_sim
+import diwa
 from data import Recording
 from support import report
+from support.runs import changed_settings, check_config, parse
 
 
 @pytest.mark.parametrize("k, n, low, high", [
@@ -224,6 +227,31 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
         report.ablations([*rows, row(1, dict(ft_bc=0.0), [1], [1], 1.0)])
     with pytest.raises(report.InputError, match="turn_on_led, seed 0, .*older version"):
         report.ablations([dict(task="turn_on_led", seed=0)])
+
+
+def test_a_variant_begins_as_what_it_changes(tmp_path):
+    """Checkpoints and settings are copies, recordings links; rows and evaluations are its own."""
+    base = tmp_path / "ablate3"
+    (base / "play").mkdir(parents=True)
+    for name in ("wm.pt", "config.json", "log.csv", "result_turn_on_led.json", "eval_turn_on_led.json"):
+        (base / name).write_text(name)
+    ablate.begin(tmp_path, 3, "wm_state")
+    ablate.begin(tmp_path, 3, "labels_state")
+    run = tmp_path / "ablate3_labels_state"
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "log.csv", "play", "wm.pt"]
+    assert (run / "play").samefile(base / "play") and not (run / "wm.pt").samefile(base / "wm.pt")
+    (tmp_path / "ablate3_wm_state" / "wm.pt").write_text("its own")
+    ablate.begin(tmp_path, 3, "wm_state")                   # goes on after a kill: what it made stays
+    assert (tmp_path / "ablate3_wm_state" / "wm.pt").read_text() == "its own"
+    wanted = [("", "a"), ("wm_state", "a"), ("labels_state", "a"), ("leash_none", "a")]
+    assert ablate.jobs(["labels_state", "leash_none"], ["a"]) == wanted
+
+
+@pytest.mark.parametrize("name", ablate.VARIANTS)
+def test_a_variant_is_the_default_but_for_its_flags(name):
+    flags = ablate.VARIANTS[name][1].split()
+    cfg = check_config(parse(["--device", "cpu", *flags], diwa.Config, diwa.PRESETS, "", ""))
+    assert {f"--{key}" for key in changed_settings(cfg)} == set(flags[::2])
 
 
 def test_ranges_are_read_from_rows():

@@ -1,0 +1,95 @@
+"""What does each part of the method bring?  The default and its variants, each by its flags, on the same
+tasks, recordings and start states:
+
+    python tests/ablate.py --seed 0                         # and 1, 2: one core each
+    python -m support.report --ablations runs/ablate*/result_*.json
+
+The run ablate<seed> is the default's.  A variant's run begins as a copy of it, with links to its recordings:
+`--stage all` there does again what the variant's flags change.  Killed, the same command goes on; a row that
+is there is not made again.  Flags of diwa.py may follow, for the default and all variants alike."""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ["move_slider_right", "turn_off_lightbulb", "turn_on_led"]
+VARIANTS = {                                                # name: (the variant it begins as, flags)
+    "bc_gaussian": ("", "--bc_actor gaussian"),
+    "bc_unet": ("", "--bc_net unet"),
+    "leash_none": ("", "--ft_bc 0"),
+    "leash_half": ("", "--ft_bc .025"),
+    "leash_twice": ("", "--ft_bc .1"),
+    "steps_1": ("", "--ft_steps 1"),
+    "steps_5": ("", "--ft_steps 5"),
+    "steps_20": ("", "--ft_steps 20"),
+    "horizon_9": ("", "--ft_horizon 9"),
+    "labels_demos": ("", "--reward_labels demos"),
+    "twice": ("", "--ft_twice 1"),
+    "wm_state": ("", "--wm_state 100"),
+    "labels_state": ("wm_state", "--wm_state 100 --reward_labels state"),
+    "wm_inverse": ("", "--wm_inverse 1"),
+    "doubt": ("", "--wm_heads 4 --ft_doubt .3"),
+    "wm_lr_constant": ("", "--wm_lr_end 1"),
+}
+
+
+def folder(seed, variant):
+    return f"ablate{seed}_{variant}" if variant else f"ablate{seed}"
+
+
+def begin(runs, seed, variant):
+    """A variant's run: what it begins as, without its rows; recordings are links, no variant changes them."""
+    source, target = runs / folder(seed, VARIANTS[variant][0]), runs / folder(seed, variant)
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.iterdir()):
+        copy = target / path.name
+        if copy.exists() or path.name.startswith((".", "result_", "report", "eval_")):
+            continue
+        if path.is_dir():
+            copy.symlink_to(path.absolute())
+        else:
+            partial = copy.with_name(f".{path.name}.copy")  # renamed when whole: a kill leaves no half file
+            shutil.copy2(path, partial)
+            partial.replace(copy)
+
+
+def jobs(names, tasks):
+    """The default first, and what others begin as before them -> [(variant, task)]"""
+    wanted = [""]
+    for name in names:
+        wanted += [one for one in (VARIANTS[name][0], name) if one not in wanted]
+    return [(variant, task) for variant in wanted for task in tasks]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK")
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT",
+                        help=f"some of: {' '.join(VARIANTS)}")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    given, flags = parser.parse_known_args()                # the rest goes to diwa.py, as of every run
+    alone = dict(os.environ, OMP_NUM_THREADS="1")
+    for variant, task in jobs(given.only, given.tasks):
+        run = folder(given.seed, variant)
+        row = given.runs / run / f"result_{task}.json"
+        if row.exists():
+            continue
+        if variant:
+            begin(given.runs, given.seed, variant)
+        command = [sys.executable, ROOT / "diwa.py", "--stage", "all", "--run", run, "--runs", given.runs,
+                   "--task", task, "--seed", str(given.seed), "--workers", "1", "--eval_curve", "0", *flags]
+        command += VARIANTS[variant][1].split() if variant else []
+        print(" ".join(map(str, command[1:])), flush=True)
+        code = subprocess.run(command, env=alone).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
