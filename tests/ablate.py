@@ -2,11 +2,12 @@
 tasks, recordings and start states:
 
     python tests/ablate.py --seed 0                         # and 1, 2: one core each
-    python -m support.report --ablations runs/ablate*/result_*.json
+    python -m support.report --ablations runs/seed?/result_*.json runs/seed?_*/result_*.json
 
-The run ablate<seed> is the default's.  A variant's run begins as a copy of it, with links to its recordings:
-`--stage all` there does again what the variant's flags change.  Killed, the same command goes on; a row that
-is there is not made again.  Flags of diwa.py may follow, for the default and all variants alike."""
+The default's run is the README's, seed<seed>, and is made where it is not there.  A variant's run begins as a
+copy of it, with links to its recordings: `--stage all` there does again what the variant's flags change.
+Killed, the same command goes on; a row that is there is not made again.  Flags of diwa.py may follow, for the
+default and all variants alike."""
 import argparse
 import os
 import shutil
@@ -33,11 +34,14 @@ VARIANTS = {                                                # name: (the variant
     "wm_inverse": ("", "--wm_inverse 1"),
     "doubt": ("", "--wm_heads 4 --ft_doubt .3"),
     "wm_lr_constant": ("", "--wm_lr_end 1"),
+    "wm_categorical": ("", "--wm_latent categorical --wm_z 32"),
+    "wm_bfloat16": ("", "--wm_bf16 1"),
+    "iterations_72": ("", "--ft_iterations 72"),
 }
 
 
 def folder(seed, variant):
-    return f"ablate{seed}_{variant}" if variant else f"ablate{seed}"
+    return f"seed{seed}_{variant}" if variant else f"seed{seed}"
 
 
 def begin(runs, seed, variant):
@@ -82,8 +86,9 @@ def main():
         if variant:
             begin(given.runs, given.seed, variant)
         command = [sys.executable, ROOT / "diwa.py", "--stage", "all", "--run", run, "--runs", given.runs,
-                   "--task", task, "--seed", str(given.seed), "--workers", "1", "--eval_curve", "0", *flags]
-        command += VARIANTS[variant][1].split() if variant else []
+                   "--task", task, "--seed", str(given.seed), "--workers", "1", *flags]
+        if variant:                                         # the learning curve is the default's alone
+            command += ["--eval_curve", "0", *VARIANTS[variant][1].split()]
         print(" ".join(map(str, command[1:])), flush=True)
         code = subprocess.run(command, env=alone).returncode
         if code:

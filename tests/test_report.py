@@ -231,18 +231,18 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
 
 def test_a_variant_begins_as_what_it_changes(tmp_path):
     """Checkpoints and settings are copies, recordings links; rows and evaluations are its own."""
-    base = tmp_path / "ablate3"
+    base = tmp_path / "seed3"
     (base / "play").mkdir(parents=True)
     for name in ("wm.pt", "config.json", "log.csv", "result_turn_on_led.json", "eval_turn_on_led.json"):
         (base / name).write_text(name)
     ablate.begin(tmp_path, 3, "wm_state")
     ablate.begin(tmp_path, 3, "labels_state")
-    run = tmp_path / "ablate3_labels_state"
+    run = tmp_path / "seed3_labels_state"
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "log.csv", "play", "wm.pt"]
     assert (run / "play").samefile(base / "play") and not (run / "wm.pt").samefile(base / "wm.pt")
-    (tmp_path / "ablate3_wm_state" / "wm.pt").write_text("its own")
+    (tmp_path / "seed3_wm_state" / "wm.pt").write_text("its own")
     ablate.begin(tmp_path, 3, "wm_state")                   # goes on after a kill: what it made stays
-    assert (tmp_path / "ablate3_wm_state" / "wm.pt").read_text() == "its own"
+    assert (tmp_path / "seed3_wm_state" / "wm.pt").read_text() == "its own"
     wanted = [("", "a"), ("wm_state", "a"), ("labels_state", "a"), ("leash_none", "a")]
     assert ablate.jobs(["labels_state", "leash_none"], ["a"]) == wanted
 
