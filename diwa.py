@@ -113,7 +113,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     bc_actor: str = "diffusion"     # diffusion or gaussian
     bc_net: str = "mlp"             # denoiser: mlp or unet
     bc_hidden: int = 256            # width of the mlp (paper: 512)
-    bc_chunk: int = 4               # H, actions predicted and executed at once (paper: 4)
+    bc_chunk: int = 4               # H, actions predicted at once, executed in turn (paper: 4)
     bc_steps: int = 20              # K, denoising steps (paper: 20)
     bc_updates: int = 4000          # gradient steps (paper: 5000 epochs)
     bc_batch: int = 256             # chunks a batch (paper: 256)

@@ -1,6 +1,7 @@
 """Exercise 1: a gradient through a draw (diwa.py, section 2, sample_latent).
 
-A categorical latent is drawn: one class of C, as a one-hot vector.  A draw has no gradient, but the encoder
+With --wm_latent categorical, as in DreamerV2, each latent is drawn: one class of C, as a one-hot vector.
+(The tabletop's default is Gaussian: mean + std * noise has a gradient.)  A draw has none, but the encoder
 must learn which class would have been better.  DreamerV2 (algorithm 1) lets the gradient pass "straight
 through": the value of z is the draw, its gradient that of the probabilities.
 

@@ -2,14 +2,15 @@
 
 The paper's classifier learns from demonstrations alone: their ends are success, what comes before is not.
 Ours also sees play, without labels, as what success does not look like.  In demonstrations the door is
-never open without the arm beside it, nor the arm there without the door open.  PPO will try all that is
-believed.
+at the right only when the arm is there, too, and the arm is there only when the door is: so the arm's place
+alone would explain success.  PPO will try all that is believed.
 
 `--reward_labels demos` leaves play out.  A test first: stretches of held-out play in which the door is not
 moved to the right, dreamed again; what share of them does each classifier take for a success?  Then a
 policy that practises 54 iterations for what such a reward pays, three times as long as the class run: how
-often does it succeed in the simulator, and how often in its dream?  The class run's, from the same starts:
-`tuned`.  Write it down in percent, and run it: three minutes on a free core.
+often does it succeed in the simulator, and how often in its dream?  And for comparison (`tuned`): how often
+does the class run's own policy succeed in the simulator, from the same starts?  Write the five numbers down
+in percent, and run it: three minutes on a free core.
 
     python exercises/08_reward_without_play.py
 """

@@ -6,10 +6,14 @@ there, once at the end of a chunk, it is the reward that lies.  Let the world mo
 from the first frame: if the classifier says success only then, in two steps running, as practice pays it, it
 is the dream, in which the door goes along.
 
-Take the failures of the cloned policy, judged by the usual reward and by exercise 8's, which has seen no
-play; and those of the policy that practised in this dream, for the usual reward.  What share is believed on
-the frames, and what share in the dream only?  Which of them remain after practice?  Write down what you
-expect, in percent of the failures, and run it: two minutes on a free core.
+Three groups of failures, by their names in PREDICTION:
+
+    cloned          the cloned policy's, judged by the usual reward
+    without_play    the same failures, judged by exercise 8's reward, which has seen no play
+    tuned           those of the class run's tuned policy, judged by the usual reward
+
+What percentage of each group is believed on the real frames (_frames), and what percentage in the dream only
+(_dream)?  Write the six numbers down, and run it: two minutes on a free core.
 
     python exercises/09_where_is_the_lie.py
 """

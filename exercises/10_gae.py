@@ -5,11 +5,13 @@ Generalised advantage estimation (1506.02438, eq. 16), backwards through the chu
     delta_t = reward_t + gamma * V(next state) - V(state)
     A_t     = delta_t + gamma * lam * A_{t+1}
 
+Going backwards one carries A_{t+1} along: the *trace*.
+
 Two things end a dream, and they are not the same.  *Terminated*: it succeeded, nothing is to be had after
 it, so V(next state) counts as 0.  *Truncated*: its time was up, but an arm there would still have a
 future, so V(next state) counts (next_value holds it, also where a dream ended).  After either the next row
-belongs to another dream, which has nothing to tell this one. After the last row the trace is 0, while
-V(next state) still counts.
+belongs to another dream, which has nothing to tell this one.  After the last row there is no A_{t+1}:
+the trace begins with 0, while V(next state) still counts.
 
     python exercises/10_gae.py
 """

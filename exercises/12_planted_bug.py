@@ -1,8 +1,8 @@
-"""Exercise 12, an experiment: four sick trainings (diwa.py, section 6, ppo_iteration)
+"""Exercise 12, an experiment: which training is sick? (diwa.py, section 6, ppo_iteration)
 
 Reinforcement learning fails in silence: no line stops with an error, a policy merely does not improve.  What
-tells is the curves.  Four patients practise for eight iterations each, every one with another fault, or with
-none; you see their curves beside those of the class run.  Do not read below the line.
+tells is the curves.  Four patients practise for eight iterations, each with one fault of the list below or
+with none; you see their curves beside those of the class run.  Do not read below the line.
 
     dream_success   share of the dreams whose first attempt succeeds
     kl              how far an iteration moves the policy: compare it with the class run's

@@ -1,6 +1,7 @@
 """checks.py: what must be so in each exercise, and mistakes that people make.  Try first, read it then.
 
-Right answers are diwa.py's own functions, called with an exercise's arguments.
+Right answers are diwa.py's own functions, called with an exercise's arguments; those of exercises 1 and 2,
+which are a line inside a function there, are that line's formula.
 """
 import math
 from types import SimpleNamespace

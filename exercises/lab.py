@@ -2,7 +2,8 @@
 
 An experiment begins with your prediction, and is worth nothing without.  It then trains variants of a run
 (python diwa.py --stage all --preset class, five minutes) in folders of their own beside it, prints each
-command that it gives, so that you can give it yourself, and compares.
+command that it gives, so that you can give it yourself, and compares.  Where it also replaces a part of
+diwa.py while the command runs, it says so: the command alone would not do the same.
 """
 import argparse
 import contextlib
@@ -57,10 +58,11 @@ class Lab:
             shutil.rmtree(folder)                           # of an older run of that name, or torn
         if not folder.exists():
             copy_run(source, folder, [f"{stage}_{self.task}" for stage in stages])
+        replaced = f"   # and with another {', '.join(change)}, which no flag gives" if change else ""
         with changed(change or {}):
             for stage in stages:
                 words = [*self.where(name), "--stage", stage, *flags, *self.more]
-                print(f"\npython diwa.py {' '.join(words)}", flush=True)
+                print(f"\npython diwa.py {' '.join(words)}{replaced}", flush=True)
                 if diwa.main(words):
                     raise SystemExit(2)
         return self.cfg(name, *flags)

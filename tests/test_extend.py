@@ -41,7 +41,7 @@ def test_the_recipes_run_together(tmp_path):
     assert "success in the simulator" in run.stdout
     assert all(len(line) <= 110 for path in folder.glob("*.py") for line in path.read_text().splitlines())
     code = ("import torch, diwa, calvin_sim\n"
-            "seen = diwa.before(torch.zeros(2, 3), torch.zeros(2, 11, 4, 7))\n"
+            "seen = diwa.critic_sees(torch.zeros(2, 3), torch.zeros(2, 11, 4, 7))\n"
             "print(calvin_sim.TASKS['led_while_open'].holds, seen.shape)")
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert run.stdout == "(1,) torch.Size([2, 31])\n", run.stderr
