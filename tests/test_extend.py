@@ -1,4 +1,5 @@
 """docs/EXTEND.md: its changes fit today's code, and the program runs with all of them at once."""
+import ast
 import re
 import shutil
 import subprocess
@@ -45,6 +46,21 @@ def test_the_recipes_run_together(tmp_path):
             "print(calvin_sim.TASKS['led_while_open'].holds, seen.shape)")
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert run.stdout == "(1,) torch.Size([2, 31])\n", run.stderr
+
+
+def test_the_other_critic_makes_no_earlier_stage_anew(tmp_path):
+    """A name that is a local variable elsewhere would: the fingerprint of the code looks at names."""
+    ignored = shutil.ignore_patterns("runs", ".*", "docs", "tests", "exercises", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "program", ignore=ignored)
+    changes = [text for _, text in BLOCKS if re.search("^# diwa.py\n.*(critic_sees|critic = mlp)", text, re.S)]
+    for text in changes:
+        apply(tmp_path / "program", text)
+    code = ("from support.fingerprint import code_of\n"
+            "print([code_of(stage) for stage in ('wm', 'bc', 'reward', 'finetune')])")
+    before, after = (subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+                     for folder in (ROOT, tmp_path / "program"))
+    before, after = (ast.literal_eval(run.stdout) for run in (before, after))
+    assert len(changes) == 3 and before[:3] == after[:3] and "diwa.critic_sees" in after[3]
 
 
 def test_the_policy_of_a_finished_run_is_deployed(done):
