@@ -32,7 +32,7 @@ VARIANTS = {                                                # name: (the variant
     "wm_state": ("", "--wm_state 100"),
     "labels_state": ("wm_state", "--wm_state 100 --reward_labels state"),
     "wm_inverse": ("", "--wm_inverse 1"),
-    "doubt": ("", "--wm_heads 4 --ft_doubt .3"),
+    "doubt": ("", "--wm_heads 4 --ft_doubt 1"),
     "wm_lr_constant": ("", "--wm_lr_end 1"),
     "wm_categorical": ("", "--wm_latent categorical --wm_z 32"),
     "wm_bfloat16": ("", "--wm_bf16 1"),
