@@ -69,7 +69,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     seed: int = 0                   # every random number of the run follows from it
     play_frames: int = 180_000      # recorded frames of play (paper: 500,000)
     demo_count: int = 50            # demonstrations of the task (paper: 50)
-    wm_updates: int = 9000          # gradient steps of the world model (paper: up to 2 M)
+    wm_updates: int = 7000          # gradient steps of the world model (paper: up to 2 M)
     reward_labels: str = "unlabelled"  # play fails; demos (paper): no play; predicate, strict: rule; state
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_bc: float = 0.05             # alpha_BC, pull to the cloned policy (paper: .05; ten demos: .01)
@@ -93,7 +93,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW's learning rate (paper: 3e-4)
     wm_lr_end: float = 0.1          # its end, as a share of it, along a cosine (paper: 1, constant)
-    wm_bf16: int = 0                # 1: train in bfloat16 on CPUs that have it (CUDA: convolutions do)
+    wm_bf16: int = 1                # train in bfloat16 on CPUs that have it (CUDA: convolutions do)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3)
@@ -105,7 +105,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera, which has 3/4 of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
-    wm_state: float = 0.0           # weight of the scene's state, paper's hybrid (0: pixels alone)
+    wm_state: float = 100.0         # weight of the scene's state, paper's hybrid (0: pixels alone)
     wm_inverse: float = 0.0         # weight of guessing the action between two embeddings (WAM; paper: 0)
     wm_heads: int = 0               # more priors, for ft_doubt: no dream follows them
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)

@@ -1026,8 +1026,8 @@ def called_by_a_worker():
 
 
 REFERENCE = {  # minutes of each stage at the defaults, on two cores of a server (rows in docs/results)
-    "tabletop": dict(play=3.8, demos=0.1, wm=13, bc=0.3, reward=0.5, finetune=1.3, eval=1.2),
-    "calvin": dict(play=35, demos=0.7, wm=14, bc=0.5, reward=0.6, finetune=1.5, eval=4.8),
+    "tabletop": dict(play=3.8, demos=0.1, wm=10.1, bc=0.3, reward=0.5, finetune=1.3, eval=1.2),
+    "calvin": dict(play=35, demos=0.7, wm=10.9, bc=0.5, reward=0.6, finetune=1.5, eval=4.8),
 }
 BFLOAT16_GAIN = 1.8               # times the updates a second (docs/EXPERIMENTS.md, "Faster training?")
 CATEGORICAL_COST = 1.9            # times a Gaussian update's time

@@ -9,6 +9,7 @@ copy of it, with links to its recordings: `--stage all` there does again what th
 Killed, the same command goes on; a row that is there is not made again.  Flags of diwa.py may follow, for the
 default and all variants alike."""
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,26 +18,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["move_slider_right", "turn_off_lightbulb", "turn_on_led"]
-VARIANTS = {                                                # name: (the variant it begins as, flags)
-    "bc_gaussian": ("", "--bc_actor gaussian"),
-    "bc_unet": ("", "--bc_net unet"),
-    "leash_none": ("", "--ft_bc 0"),
-    "leash_half": ("", "--ft_bc .025"),
-    "leash_twice": ("", "--ft_bc .1"),
-    "steps_1": ("", "--ft_steps 1"),
-    "steps_5": ("", "--ft_steps 5"),
-    "steps_20": ("", "--ft_steps 20"),
-    "horizon_9": ("", "--ft_horizon 9"),
-    "labels_demos": ("", "--reward_labels demos"),
-    "twice": ("", "--ft_twice 1"),
-    "wm_state": ("", "--wm_state 100"),
-    "labels_state": ("wm_state", "--wm_state 100 --reward_labels state"),
-    "wm_inverse": ("", "--wm_inverse 1"),
-    "doubt": ("", "--wm_heads 4 --ft_doubt 1"),
-    "wm_lr_constant": ("", "--wm_lr_end 1"),
-    "wm_categorical": ("", "--wm_latent categorical --wm_z 32"),
-    "wm_bfloat16": ("", "--wm_bf16 1"),
-    "iterations_72": ("", "--ft_iterations 72"),
+VARIANTS = {                                                # name: flags
+    "bc_gaussian": "--bc_actor gaussian",
+    "bc_unet": "--bc_net unet",
+    "leash_none": "--ft_bc 0",
+    "leash_half": "--ft_bc .025",
+    "leash_twice": "--ft_bc .1",
+    "steps_1": "--ft_steps 1",
+    "steps_5": "--ft_steps 5",
+    "steps_20": "--ft_steps 20",
+    "horizon_9": "--ft_horizon 9",
+    "labels_demos": "--reward_labels demos",
+    "twice": "--ft_twice 1",
+    "wm_pixels": "--wm_state 0",
+    "labels_state": "--reward_labels state",
+    "wm_inverse": "--wm_inverse 1",
+    "doubt": "--wm_heads 4 --ft_doubt 1",
+    "wm_lr_constant": "--wm_lr_end 1",
+    "wm_categorical": "--wm_latent categorical --wm_z 32",
+    "wm_float32": "--wm_bf16 0",
+    "iterations_72": "--ft_iterations 72",
 }
 
 
@@ -45,8 +46,8 @@ def folder(seed, variant):
 
 
 def begin(runs, seed, variant):
-    """A variant's run: what it begins as, without its rows; recordings are links, no variant changes them."""
-    source, target = runs / folder(seed, VARIANTS[variant][0]), runs / folder(seed, variant)
+    """A variant's run: the default's, without its rows; recordings are links, no variant changes them."""
+    source, target = runs / folder(seed, ""), runs / folder(seed, variant)
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         copy = target / path.name
@@ -60,14 +61,6 @@ def begin(runs, seed, variant):
             partial.replace(copy)
 
 
-def jobs(names, tasks):
-    """The default first, and what others begin as before them -> [(variant, task)]"""
-    wanted = [""]
-    for name in names:
-        wanted += [one for one in (VARIANTS[name][0], name) if one not in wanted]
-    return [(variant, task) for variant in wanted for task in tasks]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,7 +71,7 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     given, flags = parser.parse_known_args()                # the rest goes to diwa.py, as of every run
     alone = dict(os.environ, OMP_NUM_THREADS="1")
-    for variant, task in jobs(given.only, given.tasks):
+    for variant, task in itertools.product(["", *given.only], given.tasks):
         run = folder(given.seed, variant)
         row = given.runs / run / f"result_{task}.json"
         if row.exists():
@@ -88,7 +81,7 @@ def main():
         command = [sys.executable, ROOT / "diwa.py", "--stage", "all", "--run", run, "--runs", given.runs,
                    "--task", task, "--seed", str(given.seed), "--workers", "1", *flags]
         if variant:                                         # the learning curve is the default's alone
-            command += ["--eval_curve", "0", *VARIANTS[variant][1].split()]
+            command += ["--eval_curve", "0", *VARIANTS[variant].split()]
         print(" ".join(map(str, command[1:])), flush=True)
         code = subprocess.run(command, env=alone).returncode
         if code:

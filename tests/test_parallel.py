@@ -10,6 +10,7 @@ import diwa
 from support import parallel, runs
 
 FLAGS = ["--stage", "wm", "--wm_noise", "0", "--wm_decode", "1", "--wm_context", "1", "--wm_updates", "3"]
+FLAGS += ["--wm_bf16", "0"]
 
 
 def process(job):

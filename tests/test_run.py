@@ -232,7 +232,7 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     (["--ft_steps", "21", "--stage", "bc"], ["ft_steps"]),
     (["--ft_iterations", "1"], ["ft_iterations", "ft_warmup"]),
     (["--stage", "eval", "--task", "turn_on_led"], ["missing", "--stage"]),
-    (["--reward_labels", "state"], ["--wm_state 100"]),
+    (["--reward_labels", "state", "--wm_state", "0"], ["--wm_state 100"]),
     (["--ft_doubt", "1"], ["--wm_heads 5"]),
     (["--wm_heads", "1"], ["--wm_heads 5"]),
     (["--preset", "class", "--task", "open_drawer"], ["--play_tasks move_slider_left,move_slider_right,"]),
@@ -436,17 +436,18 @@ def test_a_finished_policy_is_deployed_by_its_run(done):
 
 
 def test_a_simulator_brings_its_own_settings(tmp_path):
-    """--sim calvin has the scene's state as a target, strict labels and twice the updates in bfloat16, unless
-    the preset, the command or the run says otherwise."""
+    """--sim calvin has strict labels, categoricals and more updates; a recording alone (--sim none) knows no
+    scene state; unless the preset, the command or the run says otherwise."""
     def settings(*flags):
         cfg = runs.parse(["--runs", str(tmp_path), *flags], diwa.Config, diwa.PRESETS, "", "")
         return cfg.wm_state, cfg.reward_labels
 
-    assert settings() == (0, "unlabelled") and settings("--sim", "calvin") == (100, "strict")
+    assert settings() == (100, "unlabelled") and settings("--sim", "calvin") == (100, "strict")
+    assert settings("--sim", "none") == (0, "unlabelled")
     cfg = runs.parse(["--runs", str(tmp_path), "--sim", "calvin"], diwa.Config, diwa.PRESETS, "", "")
     assert (cfg.wm_updates, cfg.wm_bf16, cfg.wm_latent, cfg.wm_z) == (18_000, 1, "categorical", 32)
     assert settings("--sim", "calvin", "--preset", "smoke") == (100, "strict")
-    assert settings("--sim", "calvin", "--preset", "paper") == (100, "demos")
+    assert settings("--sim", "calvin", "--preset", "paper") == (0, "demos")
     assert settings("--sim", "calvin", "--reward_labels", "demos", "--wm_state", "0") == (0, "demos")
     (tmp_path / "old").mkdir()
     saved = dict(settings=dict(sim="calvin", preset="cpu", reward_labels="unlabelled", wm_state=0.0))
@@ -472,14 +473,14 @@ def test_a_run_says_what_it_will_take(monkeypatch):
         return runs.expectation(cfg, 8)
 
     words = "--device", "cpu", "--preset", "cpu"
-    assert "play 3.8, wm 13.0; for each of 8 tasks demos 0.1" in line(*words)
-    assert "play 1.9, wm 26.0;" in line(*words, "--play_frames", "90000", "--wm_updates", "18000")
+    monkeypatch.setattr(runs, "has_bfloat16", lambda device: False)
+    assert "play 3.8, wm 10.1; for each of 8 tasks demos 0.1" in line(*words)
+    assert "play 1.9, wm 20.2;" in line(*words, "--play_frames", "90000", "--wm_updates", "14000")
     assert "eval 0.6;" in line(*words, "--eval_episodes", "50")
-    assert "wm 24.7;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
+    assert "wm 19.2;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
     assert line(*words, "--wm_encoder", "conv") == ""
-    for able, minutes in ((True, 7.2), (False, 13.0)):
-        monkeypatch.setattr(runs, "has_bfloat16", lambda device: able)
-        assert f"wm {minutes};" in line(*words, "--wm_bf16", "1")
+    monkeypatch.setattr(runs, "has_bfloat16", lambda device: True)
+    assert "wm 5.6;" in line(*words) and "wm 10.1;" in line(*words, "--wm_bf16", "0")
 
 
 class Staring:
@@ -568,7 +569,7 @@ def recording(done, tmp_path_factory):
 def test_a_recording_alone_is_enough(recording, tmp_path, capsys, no_pictures):
     """--sim none: every stage but the simulator's, ending in dream success; and then, on the same results, an
     evaluation in a simulator."""
-    flags = [*HASTY, "--data", str(recording), "--play_replay", "2"]
+    flags = [*HASTY, "--data", str(recording), "--play_replay", "2", "--wm_state", "0"]
     assert main(tmp_path, *flags, "--sim", "none") == 0
     folder = tmp_path / "smoke"
     text = (folder / "report.md").read_text()
