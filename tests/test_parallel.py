@@ -9,8 +9,8 @@ from conftest import TINY, copy_run, main
 import diwa
 from support import parallel, runs
 
-FLAGS = ["--stage", "wm", "--wm_noise", "0", "--wm_decode", "1", "--wm_context", "1", "--wm_updates", "3"]
-FLAGS += ["--wm_bf16", "0"]
+FLAGS = ["--stage", "wm", "--wm_noise", "0", "--wm_decode", "1", "--wm_context", "1", "--wm_updates", "3",
+         "--wm_bf16", "0"]
 
 
 def process(job):

@@ -229,7 +229,7 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
         report.ablations([dict(task="turn_on_led", seed=0)])
 
 
-def test_a_variant_begins_as_what_it_changes(tmp_path):
+def test_a_variant_begins_as_the_default(tmp_path):
     """Checkpoints and settings are copies, recordings links; rows and evaluations are its own."""
     base = tmp_path / "seed3"
     (base / "play").mkdir(parents=True)
