@@ -23,10 +23,9 @@ Symbols
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line): dreams start
 amid attempts, too; practice is short, at ten times the learning rate, and ends before PPO exploits the
 model's errors; one step of the world model spans two control steps; the transition is told the commanded
-pose, for CALVIN's arm chases a target to which each action adds; each dream misplaces the arm by millimetres,
-so that the policy keeps a margin; a reward needs two verdicts in a row; the preset `cpu` has linear codes and
-Gaussian latents; the prior is also trained open loop, as a dream uses it, and with noisy inputs; the
-classifier compares with the first feature, because CALVIN's task rules do.
+pose; each dream misplaces the arm by millimetres; a reward needs two verdicts in a row; the preset `cpu` has
+linear codes and Gaussian latents; the prior is also trained open loop, as a dream uses it, and with noisy
+inputs; the classifier compares with the first feature, because CALVIN's task rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
 """
 import copy
@@ -788,9 +787,8 @@ class DreamEnv:
 
     @torch.no_grad()
     def step(self, chunk):
-        first = self.state["first"]
+        first, shift = self.state["first"], self.state["shift"]
         age = self.state["age"] + 1
-        shift = self.state["shift"]
         now, reward = dream_chunk(self.wm, self.classifier, self.state, first, executed(chunk), shift)
         if self.cfg.ft_twice:                               # other latents since the start; both succeed
             other = dict(self.state, h=self.state["h2"], z=self.state["z2"])
@@ -805,9 +803,8 @@ class DreamEnv:
         truncated = (age >= self.cfg.ft_horizon) & ~terminated
         done = terminated | truncated
         new = self.draw(len(chunk))
-        now = dict(now, first=first, age=age, shift=shift)
         self.state = {key: torch.where(done[:, None] if value.dim() > 1 else done, new[key], value)
-                      for key, value in now.items()}
+                      for key, value in dict(now, first=first, age=age, shift=shift).items()}
         return feature_of(self.state), reward, terminated, truncated, final
 
 def feature_of(state):
@@ -843,10 +840,9 @@ def executed(action):
 #    Two nested decision processes.  The outer one's step is a chunk (T counts chunks here): rewards, values
 #    and GAE live on features.  The inner one's step is a denoising step: state (feature, chain[j]), action
 #    chain[j + 1], its log-probability by chain_logprob, and as advantage the chunk's, discounted by how many
-#    steps are left to clean it, for later steps decide more of what the arm does.  (K' = 1: one Gaussian
-#    gives the chunk.)  Four things to get right: average a chunk's log-probs, give noisy steps a
-#    tighter clip (DPPO: steadier learning), bootstrap a cut dream from its own last feature, and stay close
-#    to what was cloned.
+#    steps are left to clean it, for later steps decide more of what the arm does.  Four things to get right:
+#    average a chunk's log-probs, give noisy steps a tighter clip (DPPO: steadier learning), bootstrap a cut
+#    dream from its own last feature, and stay close to what was cloned.
 
 def gae(reward, value, next_value, terminated, truncated, gamma, lam):
     """Generalised advantage estimation over chunks (1506.02438, eq. 16), all [T, B] -> advantage, return
