@@ -92,7 +92,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW's learning rate (paper: 3e-4)
     wm_lr_end: float = 0.1          # its end, as a share of it, along a cosine (paper: 1, constant)
-    wm_bf16: int = 1                # train in bfloat16 on CPUs that have it (CUDA: convolutions do)
+    wm_bf16: int = 1                # learn and dream in bfloat16 on CPUs that have it (CUDA: convolutions do)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3)
@@ -820,8 +820,9 @@ def dream_step(wm, state, action, shift=0.0):
         keep = 1                                            # tcp is guessed once a step: add to the target
         command = encode_command(target, a[:, 6:])
         commands.append(command + shift)
-    h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1))
-    return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
+    with half_precision("cpu", wm.cfg.wm_bf16 and wm.cfg.device == "cpu"):                # as it was trained
+        h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1))
+        return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
 
 def dream_chunk(wm, classifier, state, first, chunk, shift=0.0):
     """Imagine a chunk of executed actions [B, H, 7] -> state, reward [B]: 1.0 where the last two steps look

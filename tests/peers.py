@@ -5,9 +5,10 @@
     python tests/peers.py lumos dppo
 
 LUMOS' world model (DreamerV2: convolutions, 32 categoricals) is trained for a step in float32 and under
-bfloat16 autocast; its cell and DPPO's sampler make up a dream; DPPO's loss is taken with its gradient.  Each
-pair takes turns; the ratio is the median over the turns.  The peers run as they are, with stand-ins for the
-loggers that they import and that a step does not need.  CPU time is counted: other work disturbs it less."""
+bfloat16 autocast; its cell and DPPO's sampler make up a dream, in both as well, and in float32 beside ours in
+bfloat16, as each comes; DPPO's loss is taken with its gradient.  Each pair takes turns; the ratio is the
+median over the turns.  The peers run as they are, with stand-ins for the loggers that they import and that a
+step does not need.  CPU time is counted: other work disturbs it less."""
 import dataclasses
 import sys
 import time
@@ -113,19 +114,20 @@ def dppo_model():
         action_dim=7, device="cpu", randn_clip_value=3)
 
 
-def their_dream(world, ppo):
-    """DPPO's chain, four steps of LUMOS' cell, and a network that judges the last"""
+def their_dream(world, ppo, autocast):
+    """DPPO's chain, four steps of LUMOS' cell, and a network that judges the last; autocast: in bfloat16"""
     judge = diwa.mlp([FEATURE, 512, 512, 64])
     state = world.rssm_core.init_state(DREAMS)
 
     @torch.no_grad()
     def dream():
         nonlocal state
-        feature = torch.cat(state, -1)
-        chunk = ppo(cond=dict(state=feature[:, None]), deterministic=False, return_chain=True).trajectories
-        for action in chunk.unbind(1):
-            _, state = world.rssm_core.cell.forward(action, state)
-        judge(torch.cat(state, -1))
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            feature = torch.cat(state, -1)
+            out = ppo(cond=dict(state=feature[:, None]), deterministic=False, return_chain=True)
+            for action in out.trajectories.unbind(1):
+                _, state = world.rssm_core.cell.forward(action, state)
+            judge(torch.cat(state, -1))
 
     return dream
 
@@ -175,11 +177,16 @@ def main(folders):
                               ft_minibatches=5, ft_bc=0.0)    # 180 chunks
     world, ppo = lumos_world_model(), dppo_model()
     print(f"{'a CPU second':<52}{'peer':>10}{'ours':>10}{'ratio':>8}")
-    for bf16, name in enumerate(("float32", "bfloat16")):
+    precisions = ("float32", "bfloat16")
+    for bf16, name in enumerate(precisions):
         ours = dataclasses.replace(cfg, wm_bf16=bf16)
         race(f"world model, frames trained, {name}", BATCH * LENGTH, lumos_update(world, bool(bf16)),
              bench.world_model_update(ours, diwa.WorldModel(ours)))
-    race(f"dreamed steps, {DREAMS} at once", DREAMS * CHUNK, their_dream(world.eval(), ppo), our_dream(cfg))
+    world.eval()
+    for theirs, ours in ((0, 0), (1, 1), (0, 1)):
+        name = f"dreamed steps, {DREAMS} at once, {precisions[theirs]}" + ", ours bfloat16" * (ours > theirs)
+        race(name, DREAMS * CHUNK, their_dream(world, ppo, bool(theirs)),
+             our_dream(dataclasses.replace(cfg, wm_bf16=ours)))
     ours, samples = bench.ppo_update(cfg, diwa.WorldModel(cfg))
     race("PPO loss and gradient, chain samples", samples, their_loss(ppo), ours)
 

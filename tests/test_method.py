@@ -31,7 +31,7 @@ def tiny(**changes):
     small = dict(
         device="cpu", image_size=64, wm_stride=1, wm_codes=8, wm_depth=2, wm_z=4, wm_classes=5, wm_h=16,
         wm_hidden=16, wm_embed=16, bc_hidden=32, reward_hidden=16, ft_dreams=6, ft_chunks=5, ft_horizon=3,
-        ft_epochs=2, ft_minibatches=2, ft_clip=0.01, ft_clip_first=0.001, ft_shift=0.0,
+        ft_epochs=2, ft_minibatches=2, ft_clip=0.01, ft_clip_first=0.001, ft_shift=0.0, wm_bf16=0,
     )
     return diwa.Config(**{**small, **changes})
 
@@ -766,6 +766,31 @@ def test_bfloat16_is_asked_for_and_nearly_the_same(monkeypatch):
     assert not runs.has_bfloat16("cpu")
     with runs.half_precision("cpu", 1):
         assert wm.fuse(torch.randn(1, wm.codec.size)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+def test_dreams_are_as_exact_as_the_training(monkeypatch, latent):
+    """wm_bf16: a dreamed step is bfloat16's where training is; the command and what is kept of the memory
+    stay float32."""
+    cfg = tiny(wm_latent=latent)
+    wm = world(cfg)
+    env = dream(cfg, wm)
+    env.reset()
+    action = torch.rand(cfg.ft_dreams, 1, 7) * 2 - 1
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    seen = []
+    wm.prior.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    new = []
+    for wanted in (0, 1):
+        cfg.wm_bf16 = wanted
+        torch.manual_seed(0)
+        new.append(diwa.dream_step(wm, env.state, action))
+    assert seen == [torch.float32, torch.bfloat16]
+    assert not torch.equal(new[0]["h"], new[1]["h"])
+    torch.testing.assert_close(new[0]["h"], new[1]["h"], rtol=0, atol=0.02)
+    for key in ("command", "target"):
+        assert torch.equal(new[0][key], new[1][key])
+    assert {value.dtype for value in new[1].values()} == {torch.float32}
 
 
 def test_an_action_is_guessed_from_two_pictures():
