@@ -21,11 +21,12 @@ Symbols
     action, 30 a second: dx dy dz (20 mm a unit), droll dpitch dyaw (.05 rad), gripper (-1 close, +1 open)
 
 Where this file departs from the papers, on purpose (each is a flag or a comment at its line): dreams start
-amid attempts, too; practice is short, at ten times the learning rate, and ends before PPO exploits the
-model's errors; one step of the world model spans two control steps; the transition is told the commanded
-pose; each dream misplaces the arm by millimetres; a reward needs two verdicts in a row; the preset `cpu` has
-linear codes and Gaussian latents; the prior is also trained open loop, as a dream uses it, and with noisy
-inputs; the classifier compares with the first feature, because CALVIN's task rules do.
+amid attempts, too; practice is short, at ten times the learning rate, ends before PPO exploits the model's
+errors, and what acts is a moving average of its weights; one step of the world model spans two control steps;
+the transition is told the commanded pose; each dream misplaces the arm by millimetres; a reward needs two
+verdicts in a row; the preset `cpu` has linear codes and Gaussian latents; the prior is also trained open
+loop, as a dream uses it, and with noisy inputs; the classifier compares with the first feature, because
+CALVIN's task rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
 """
 import copy
@@ -147,6 +148,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_clip_first: float = 0.003    # clip range at the noisiest fine-tuned step (paper: .001)
     ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
     ft_value: float = 0.5           # weight of the value loss, a mean square (paper: .5, another half inside)
+    ft_ema: float = 0.9             # moving average of the weights over iterations, which acts (paper: 0)
     ft_snapshot: int = 9            # keep the weights every so many iterations, for the learning curve
     online_steps: int = 500_000     # simulator steps after which the rival of --stage online gives up
     # eval
@@ -1151,19 +1153,21 @@ def finetune(cfg, env, actor, stage="finetune", rival=None):
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
     actor_optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr)
+    acting = actor if rival else copy.deepcopy(actor)       # the average lags: no help to who counts steps
     snapshots = Snapshots()
-    state = dict(actor=actor, critic=critic, snapshots=snapshots, env=env,
+    state = dict(actor=actor, acting=acting, critic=critic, snapshots=snapshots, env=env,
                  actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
     updates = Updates(cfg, stage, rival.iterations if rival else cfg.ft_iterations, state, every=1)
     for i, _ in updates:
         learning = [critic_optimizer] if i < cfg.ft_warmup else [critic_optimizer, actor_optimizer]
         metrics = ppo_iteration(cfg, env, actor, critic, *learning)
+        ema_update(acting.net, actor.net, cfg.ft_ema, 9 * i)                 # at first their plain mean
         if rival and rival.reached(actor, metrics):
             updates.total = i + 1
         updates.log(metrics)
         if (i + 1) % cfg.ft_snapshot == 0 or i + 1 == updates.total:
-            snapshots[str(i + 1)] = {k: v.clone() for k, v in actor.net.state_dict().items()}
-    save_result(cfg, stage, actor=actor.state_dict(), snapshots=dict(snapshots),
+            snapshots[str(i + 1)] = {k: v.clone() for k, v in acting.net.state_dict().items()}
+    save_result(cfg, stage, actor=acting.state_dict(), snapshots=dict(snapshots),
                 simulator_steps=env.simulator_steps, **(rival.judged(actor) if rival else {}))
 
 def load_agent(cfg, policy):

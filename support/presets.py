@@ -13,7 +13,7 @@ PRESETS = {
         reward_labels="demos", reward_hidden=512, reward_lr=1e-6, reward_updates=20_000,
         ft_iterations=770, ft_dreams=50, ft_chunks=36, ft_starts=0.0, ft_play=0.0, ft_shift=0.0,
         ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5, ft_gamma=0.999,
-        ft_clip=0.01, ft_clip_first=0.001, ft_snapshot=70),
+        ft_clip=0.01, ft_clip_first=0.001, ft_ema=0.0, ft_snapshot=70),
     "class": dict(
         play_frames=40_000, play_tasks="move_slider_left,move_slider_right", wm_updates=1500, bc_updates=2000,
         reward_updates=750, ft_iterations=18, ft_snapshot=3),
@@ -29,6 +29,6 @@ PRESETS = {
 # CALVIN")
 BY_SIMULATOR = {
     "calvin": dict(reward_labels="strict", wm_updates=18_000, wm_latent="categorical", wm_z=32,
-                   ft_iterations=72, ft_snapshot=18),
+                   ft_iterations=72, ft_ema=0.0, ft_snapshot=18),
     "none": dict(wm_state=0.0),     # recordings of real robots know no scene state
 }

@@ -842,7 +842,7 @@ CHOICES = {
 COUNTS = ("play_replay", "wm_octaves", "wm_heads", "ft_warmup", "eval_curve", "eval_official")
 POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std",
             "ft_clip", "ft_clip_first")
-SHARES = ("wm_balance", "wm_lr_end", "bc_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda",
+SHARES = ("wm_balance", "wm_lr_end", "bc_ema", "ft_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda",
           "ft_gamma_denoise")
 RANGES = dict(  # lowest and highest; of all other numbers the whole ones start at 1 and the others at 0
     **dict.fromkeys(COUNTS, (0, 10 ** 9)),

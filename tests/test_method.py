@@ -382,6 +382,48 @@ def test_ema_warms_up():
         assert a.weight.item() == pytest.approx(1 - keep, abs=1e-5)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.6])
+@pytest.mark.parametrize("with_rival", [False, True])
+def test_what_acts_is_an_average_of_what_ppo_learns(monkeypatch, decay, with_rival):
+    """finetune: the snapshots and the result are the moving average of the weights after each iteration, at
+    first their plain mean; PPO itself goes on from its own weights, and with a rival these act."""
+    cfg = tiny(ft_ema=decay, ft_iterations=6, ft_snapshot=2, ft_warmup=1)
+    actor = diwa.DiffusionActor(cfg, FEATURE)
+    result = {}
+
+    def learn(cfg, env, actor, *others):
+        for p in actor.net.parameters():
+            p.data.add_(1)
+        return {}
+
+    class Loop:
+        def __init__(self, cfg, stage, total, state, every):
+            self.total = total
+            self.log = lambda metrics: None
+
+        def __iter__(self):
+            return ((i, None) for i in range(self.total))
+
+    monkeypatch.setattr(diwa, "ppo_iteration", learn)
+    monkeypatch.setattr(diwa, "Updates", Loop)
+    monkeypatch.setattr(diwa, "save_result", lambda cfg, stage, **content: result.update(content))
+    rival = SimpleNamespace(iterations=6, reached=lambda actor, metrics: False, judged=lambda actor: {})
+    env = SimpleNamespace(wm=SimpleNamespace(feature_size=FEATURE), simulator_steps=0)
+    before = actor.net.last.bias.detach().clone()
+    diwa.finetune(cfg, env, actor, rival=rival if with_rival else None)
+    torch.testing.assert_close(actor.net.last.bias, before + 6)
+    average, want = 0.0, {}
+    for i in range(6):
+        keep = min(decay, (1 + 9 * i) / (10 + 9 * i))       # 1/10, then about i / (i + 1), until it is decay
+        average = keep * average + (1 - keep) * (i + 1)
+        want[str(i + 1)] = float(i + 1) if with_rival else average
+    assert set(result["snapshots"]) == {"2", "4", "6"}
+    for name, weights in result["snapshots"].items():
+        torch.testing.assert_close(weights["last.bias"], before + want[name])
+    torch.testing.assert_close(result["actor"]["net.last.bias"], before + want["6"])
+    torch.testing.assert_close(result["actor"]["base.last.bias"], before)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 7  PPO
 
