@@ -20,13 +20,12 @@ Symbols
     to reach, in m and rad    command c: the same in a network's units, and the last gripper command
     action, 30 a second: dx dy dz (20 mm a unit), droll dpitch dyaw (.05 rad), gripper (-1 close, +1 open)
 
-Where this file departs from the papers, on purpose (each is a flag or a comment at its line): dreams start
-amid attempts, too; practice is short, at ten times the learning rate, ends before PPO exploits the model's
-errors, and what acts is a moving average of its weights; one step of the world model spans two control steps;
-the transition is told the commanded pose; each dream misplaces the arm by millimetres; a reward needs two
-verdicts in a row; the preset `cpu` has linear codes and Gaussian latents; the prior is also trained open
-loop, as a dream uses it, and with noisy inputs; the classifier compares with the first feature, because
-CALVIN's task rules do.
+Where this file departs from the papers, on purpose: dreams start amid attempts, too; practice is short, at
+ten times the learning rate, ends before PPO exploits the model's errors, and what acts is a moving average of
+its weights; one step of the world model spans two control steps; the transition is told the commanded pose;
+each dream misplaces the arm by millimetres; a reward needs two verdicts in a row; the preset `cpu` has linear
+codes and Gaussian latents; the prior is also trained open loop, as a dream uses it, and with noisy inputs;
+the classifier compares with the first feature, because CALVIN's task rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
 """
 import copy
