@@ -99,7 +99,7 @@ def bench_calvin(root, rounds=3):
 
 def world_model_update(cfg, wm):
     B, T = cfg.wm_batch, cfg.wm_length
-    sizes = dict(action=7 * cfg.wm_stride, command=7 * cfg.wm_stride, proprio=15)
+    sizes = dict(action=7 * cfg.wm_stride, command=7 * cfg.wm_stride, proprio=15, state=diwa.FIXTURES)
     batch = {k: torch.randn(B, T, n) for k, n in sizes.items()}
     if wm.codec:
         batch["codes"] = torch.randn(B, T, wm.codec.size)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, Normal, kl_divergence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 import calvin_sim
 import data
 import diwa
@@ -1894,3 +1895,17 @@ def test_world_model_learns_a_moving_dot(latent):
         optimizer.step()
         history.append([metrics["image"].item(), metrics["open_image"].item(), loss.item()])
     assert (np.mean(history[-5:], 0) < 0.7 * np.mean(history[:5], 0)).all()
+
+
+@pytest.mark.parametrize("encoder", ["linear", "conv"])
+def test_the_benchmark_eats_what_the_default_eats(encoder):
+    """tests/bench.py makes up batches of its own: they must have all that a loss asks for."""
+    cfg = tiny(wm_encoder=encoder)
+    assert cfg.wm_state and cfg.wm_open                     # as by default
+    wm = diwa.WorldModel(cfg)
+    before = wm.prior[0].weight.detach().clone()
+    bench.world_model_update(cfg, wm)()
+    assert not torch.equal(before, wm.prior[0].weight)
+    update, samples = bench.ppo_update(dataclasses.replace(cfg, ft_dreams=128, ft_chunks=2), world(cfg))
+    update()
+    assert samples > 0
