@@ -474,13 +474,13 @@ def test_a_run_says_what_it_will_take(monkeypatch):
 
     words = "--device", "cpu", "--preset", "cpu"
     monkeypatch.setattr(runs, "has_bfloat16", lambda device: False)
-    assert "play 3.8, wm 10.1; for each of 8 tasks demos 0.1" in line(*words)
-    assert "play 1.9, wm 20.2;" in line(*words, "--play_frames", "90000", "--wm_updates", "14000")
-    assert "eval 0.6;" in line(*words, "--eval_episodes", "50")
-    assert "wm 19.2;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
+    assert "play 3.7, wm 11.2; for each of 8 tasks demos 0.1" in line(*words)
+    assert "play 1.9, wm 22.4;" in line(*words, "--play_frames", "90000", "--wm_updates", "14000")
+    assert "eval 0.3;" in line(*words, "--eval_episodes", "50")
+    assert "wm 21.3;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
     assert line(*words, "--wm_encoder", "conv") == ""
     monkeypatch.setattr(runs, "has_bfloat16", lambda device: True)
-    assert "wm 5.6;" in line(*words) and "wm 10.1;" in line(*words, "--wm_bf16", "0")
+    assert "wm 7.8;" in line(*words) and "wm 11.2;" in line(*words, "--wm_bf16", "0")
 
 
 class Staring:
