@@ -1083,7 +1083,7 @@ def run(cfg, stage_work):
             else:
                 stage_work[stage](cfg)
     parallel.leave()
-    if not parallel.rank():
+    if not parallel.rank() and not cfg.policy:              # a trial of one policy changes nothing
         remember(cfg)
     if len(tasks) > 1 and "report" in stages:
         rows = [load_file(Path(cfg.runs) / cfg.run / f"result_{task}.json") for task in tasks]
