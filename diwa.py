@@ -1152,7 +1152,7 @@ def finetune(cfg, env, actor, stage="finetune", rival=None):
     critic = mlp([env.wm.feature_size, 256, 256, 256, 1], nn.Mish, norm=False).to(cfg.device)
     actor_optimizer = torch.optim.AdamW(actor.net.parameters(), lr=cfg.ft_actor_lr)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=cfg.ft_critic_lr)
-    acting = actor if rival else copy.deepcopy(actor)       # the average lags: no help to who counts steps
+    acting = actor if rival else copy.deepcopy(actor)       # the average; it lags, so a rival acts as it is
     snapshots = Snapshots()
     state = dict(actor=actor, acting=acting, critic=critic, snapshots=snapshots, env=env,
                  actor_optimizer=actor_optimizer, critic_optimizer=critic_optimizer)
