@@ -52,7 +52,7 @@ def begin(runs, seed, variant):
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
         copy = target / path.name
-        if copy.exists() or path.name.startswith((".", "result_", "report", "eval_")):
+        if copy.exists() or path.name.startswith((".", "result_", "report", "eval_", "online_")):
             continue
         if path.is_dir():
             copy.symlink_to(path.absolute())

@@ -230,10 +230,13 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
 
 
 def test_a_variant_begins_as_the_default(tmp_path):
-    """Checkpoints and settings are copies, recordings links; rows and evaluations are its own."""
+    """Checkpoints and settings are copies, recordings links; rows and evaluations are its own.
+
+    So are the rival's counts: they are of the default's policy."""
     base = tmp_path / "seed3"
     (base / "play").mkdir(parents=True)
-    for name in ("wm.pt", "config.json", "log.csv", "result_turn_on_led.json", "eval_turn_on_led.json"):
+    for name in ("wm.pt", "config.json", "log.csv", "result_turn_on_led.json", "eval_turn_on_led.json",
+                 "online_turn_on_led.json"):
         (base / name).write_text(name)
     ablate.begin(tmp_path, 3, "wm_pixels")
     run = tmp_path / "seed3_wm_pixels"
