@@ -245,7 +245,7 @@ def pack_segments(cfg, stage, folder, segments, **more):
         paths.append(parts / f"{i}.npz")
         placed.append((task, 0, b - a))
         save_part(paths[-1], {key: given[key][a:b + 1] for key in FIELDS})
-    meta = {key: given.meta.get(key) for key in ("source", "renderer")}
+    meta = {key: given.meta[key] for key in ("source", "renderer", "keeps_target") if key in given.meta}
     meta = dict(meta, **more, **origin(cfg, stage), versions=versions(cfg))
     pack(paths, folder, meta, placed)
     shutil.rmtree(parts)

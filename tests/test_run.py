@@ -561,7 +561,8 @@ def recording(done, tmp_path_factory):
                 frames[key] = np.concatenate([play[key][250 * i:250 * i + 250], *shown])
             data.save_part(part, frames)
             spans.append(("close_drawer", 250, 250 + demos.segments[i][2] - demos.segments[i][1]))
-        data.pack(parts, folder / "packed", dict(source="a robot", renderer="a camera"), spans)
+        about = dict(source="a robot", renderer="a camera", keeps_target=False)
+        data.pack(parts, folder / "packed", about, spans)
 
     return made_once(tmp_path_factory, "recording", make) / "packed"
 
@@ -590,6 +591,8 @@ def test_a_recording_alone_is_enough(recording, tmp_path, capsys, no_pictures):
     first, last = play.episodes.T
     assert (last - first).max() < 200 and first[1:].tolist() == (last[:-1] + 1).tolist()
     assert len(demos.segments) == 4 and demos.meta["renderer"] == "a camera"
+    parts = play, demos, runs.Dataset(folder / "replay")
+    assert [part.meta["keeps_target"] for part in parts] == [False] * 3, "what the robot's owner said of it"
     capsys.readouterr()
     assert main(tmp_path, *flags, "--sim", "tabletop", "--eval_curve", "0") == 0
     out = capsys.readouterr().out
