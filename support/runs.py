@@ -840,8 +840,8 @@ CHOICES = {
     "reward_labels": ("unlabelled", "demos", "predicate", "strict", "state"),
 }
 COUNTS = ("play_replay", "wm_octaves", "wm_heads", "ft_warmup", "eval_curve", "eval_official")
-POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_std",
-            "ft_clip", "ft_clip_first")
+POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_clip",
+            "ft_clip_first")
 SHARES = ("wm_balance", "wm_lr_end", "bc_ema", "ft_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda",
           "ft_gamma_denoise")
 RANGES = dict(  # lowest and highest; of all other numbers the whole ones start at 1 and the others at 0
@@ -849,6 +849,7 @@ RANGES = dict(  # lowest and highest; of all other numbers the whole ones start 
     **dict.fromkeys(POSITIVE, (1e-12, 1e30)),
     **dict.fromkeys(SHARES, (0, 1)),
     ft_twice=(0, 1),
+    ft_std=(0.055, 1e30),           # narrower, most densities would reach gaussian_logprob's upper clamp
     wm_bf16=(0, 1),
     wm_unimix=(0, 0.999),
     wm_decode=(1e-6, 1),
