@@ -726,7 +726,7 @@ class DecodedRule(Classifier):
 
     def forward(self, first, feature):
         done = torch.from_numpy(task_rule(self.task, self.scene(first), self.scene(feature)))
-        return None, F.one_hot(done.long().to(feature.device), 2).float()
+        return None, 20.0 * F.one_hot(done.long().to(feature.device), 2)                  # quite sure
 
 def build_classifier(cfg, wm):
     model = DecodedRule(cfg, wm) if cfg.reward_labels == "state" else Classifier(cfg, wm.feature_size)
@@ -775,8 +775,8 @@ class DreamEnv:
         state = dict(h=h, z=sample_latent(post, self.cfg), command=command, target=target)
         if self.cfg.ft_twice:
             state.update(h2=h, z2=sample_latent(post, self.cfg))
-        # In units of the command, 0.1 m.  The model hears it; the feature's c is without, or the policy would
-        # correct for it.  Zero where each target begins at the (shifted) arm: the shifts would pile up
+        # In units of the command, 0.1 m; the feature's c is without, or the policy would correct for it.
+        # Zero where each target begins at the (shifted) arm: there the shifts would pile up
         shift = self.wm.keeps_target * self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
@@ -789,19 +789,20 @@ class DreamEnv:
     @torch.no_grad()
     def step(self, chunk):
         first, shift = self.state["first"], self.state["shift"]
-        age = self.state["age"] + 1
+        cfg, age = self.cfg, self.state["age"] + 1
         now, reward = dream_chunk(self.wm, self.classifier, self.state, first, executed(chunk), shift)
-        if self.cfg.ft_twice:                               # other latents since the start; both succeed
+        if cfg.ft_twice:                               # other latents since the start; both succeed
             other = dict(self.state, h=self.state["h2"], z=self.state["z2"])
             other, again = dream_chunk(self.wm, self.classifier, other, first, executed(chunk), shift)
             now.update(h2=other["h"], z2=other["z"])
             reward = reward * again
         final = feature_of(now)                                                           # [B, D]
         terminated = reward > 0
-        if self.cfg.ft_doubt:
-            guesses = torch.stack([head(now["h"]) for head in self.wm.more_priors])   # [heads, B, stats_size]
-            reward = reward - self.cfg.ft_doubt * guesses.std(0).mean(-1)
-        truncated = (age >= self.cfg.ft_horizon) & ~terminated
+        if cfg.ft_doubt:                               # how far apart are the heads' means of a latent?
+            stats = torch.stack([head(now["h"]) for head in self.wm.more_priors])     # [heads, B, stats_size]
+            mean = probs(stats, cfg) if cfg.wm_latent == "categorical" else mean_std(stats)[0][..., None]
+            reward = reward - cfg.ft_doubt * mean.var(0).sum(-1).sqrt().mean(-1)
+        truncated = (age >= cfg.ft_horizon) & ~terminated
         done = terminated | truncated
         new = self.draw(len(chunk))
         self.state = {key: torch.where(done[:, None] if value.dim() > 1 else done, new[key], value)
@@ -878,14 +879,14 @@ def dream_rollout(cfg, env, actor, critic):
 
 def ppo_loss(cfg, actor, critic, b):
     """DPPO, eq. 11.  b: a minibatch with feature [N, D], chain [N, K'+1, H, A], logprob [N, K'], advantage,
-    return [N], anchor (chains of the cloned policy, to be kept likely).  -> loss, diagnostics"""
+    returns [N], anchor (chains of the cloned policy, to be kept likely).  -> loss, diagnostics"""
     left = torch.arange(actor.ft_steps - 1, -1, -1, device=b["feature"].device)    # steps that follow
     advantage = b["advantage"][:, None] * cfg.ft_gamma_denoise ** left                    # [N, K']
     log_ratio = actor.chain_logprob(b["feature"], b["chain"]) - b["logprob"]
     ratio = log_ratio.exp()
     clip = clip_schedule(cfg, len(left), left.device)
     policy = -torch.min(advantage * ratio, advantage * torch.clamp(ratio, 1 - clip, 1 + clip)).mean()
-    value = F.mse_loss(critic(b["feature"])[:, 0], b["return"])
+    value = F.mse_loss(critic(b["feature"])[:, 0], b["returns"])
     anchor = torch.zeros_like(policy)
     if cfg.ft_bc:                                           # a quarter of the shuffled rows is anchor enough
         some = slice(0, -(-len(b["feature"]) // 4))
@@ -901,8 +902,7 @@ def ppo_iteration(cfg, env, actor, critic, *optimizers):
     advantage, returns = gae(roll["reward"], roll["value"], roll["next_value"], roll["terminated"],
                              roll["truncated"], cfg.ft_gamma, cfg.ft_lambda)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    data = dict(roll, **{"advantage": advantage, "return": returns})
-    data = {key: value.flatten(0, 1) for key, value in data.items()}                      # [T * B, ...]
+    data = {k: v.flatten(0, 1) for k, v in dict(roll, advantage=advantage, returns=returns).items()}
     if cfg.ft_bc:
         data["anchor"] = actor.sample_chain(data["feature"], frozen=True)
     history = []

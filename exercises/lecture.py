@@ -65,7 +65,7 @@ def gradients(cfg):
     chain = actor.sample_chain(frozen)
     rows = dict(feature=frozen, chain=chain, logprob=actor.chain_logprob(frozen, chain).detach() - 0.001,
                 advantage=torch.randn(3), anchor=chain)
-    rows["return"] = torch.randn(3)
+    rows["returns"] = torch.randn(3)
     chunk = torch.zeros(3, cfg.bc_chunk, 7)
     label = torch.tensor([0, 1, 1])
     losses["noise prediction (cloning)"] = actor.bc_loss(frozen, chunk)

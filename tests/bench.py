@@ -139,7 +139,7 @@ def ppo_update(cfg, wm):
     logprob = actor.chain_logprob(feature, chain).detach()
     advantage = torch.randn_like(feature[:, 0])
     batch = dict(feature=feature, chain=chain, anchor=chain, logprob=logprob, advantage=advantage)
-    batch["return"] = torch.randn_like(feature[:, 0])
+    batch["returns"] = torch.randn_like(feature[:, 0])
 
     def update():
         loss, _ = diwa.ppo_loss(cfg, actor, critic, batch)

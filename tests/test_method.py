@@ -436,7 +436,7 @@ def minibatch(actor, n):
         content = dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain))
         content["advantage"] = torch.randn(n)
         content["anchor"] = actor.sample_chain(feature, frozen=True)
-        content["return"] = torch.randn(n)
+        content["returns"] = torch.randn(n)
         return content
 
 
@@ -492,7 +492,7 @@ def test_ppo_loss_by_hand(advantage, ratio):
     b = minibatch(actor, 1)
     b["logprob"] = b["logprob"] - math.log(ratio)
     b["advantage"] = torch.tensor([advantage])
-    b["return"] = torch.tensor([3.0])
+    b["returns"] = torch.tensor([3.0])
     loss, metrics = diwa.ppo_loss(cfg, actor, critic, b)
     policy = -min(advantage * ratio, advantage * min(max(ratio, 0.99), 1.01))
     value = (critic(b["feature"]).item() - 3) ** 2
@@ -1436,8 +1436,8 @@ def test_success_must_show_in_both_dreams_of_an_arm():
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
 def test_where_priors_disagree_the_reward_is_less(latent):
-    """wm_heads: each learns the prior's KL term, and nothing else learns from them; ft_doubt: the std over
-    the heads is taken from a chunk's reward, and a success is a success all the same."""
+    """wm_heads: each learns the prior's KL term, and nothing else learns from them; ft_doubt: how far apart
+    the heads' distributions are is taken from a chunk's reward, and a success is a success all the same."""
     cfg = tiny(wm_latent=latent, wm_heads=3, ft_doubt=0.5, wm_open=0.0)
     wm = diwa.WorldModel(cfg)
     batch = observations(cfg)
@@ -1465,9 +1465,27 @@ def test_where_priors_disagree_the_reward_is_less(latent):
     env.classifier = SimpleNamespace(success=lambda first, feature: torch.tensor([1.0, 0, 0, 0, 0, 0]))
     _, reward, terminated, _, final = env.step(torch.randn(6, cfg.bc_chunk, 7))
     h = final[:, :cfg.wm_h]
-    doubt = torch.stack([head(h) for head in heads]).std(0).mean(-1)
+    if latent == "gaussian":
+        doubt = torch.stack([head(h)[:, :cfg.wm_z] for head in heads]).std(0).mean(-1)
+    else:
+        told = torch.stack([diwa.probs(head(h), cfg) for head in heads])                  # [heads, B, Z, C]
+        doubt = told.std(0).square().sum(-1).sqrt().mean(-1)
     torch.testing.assert_close(reward, torch.tensor([1.0, 0, 0, 0, 0, 0]) - 0.5 * doubt)
     assert doubt.min() > 0 and terminated.tolist() == [True] + [False] * 5
+
+
+def test_heads_that_say_the_same_are_not_in_doubt():
+    """A softmax does not hear what is added to all logits of a latent, and training never takes it away."""
+    cfg = tiny(wm_latent="categorical", wm_heads=3, ft_doubt=0.5, wm_open=0.0)
+    wm = diwa.WorldModel(cfg).eval().requires_grad_(False)
+    for head in wm.more_priors:
+        head.load_state_dict(wm.more_priors[0].state_dict())
+        head[-1].bias += torch.randn(cfg.wm_z, 1).expand(-1, cfg.wm_classes).flatten()
+    env = dream(cfg, wm)
+    env.reset()
+    env.classifier = SimpleNamespace(success=lambda first, feature: torch.zeros(6))
+    _, reward, *_ = env.step(torch.randn(6, cfg.bc_chunk, 7))
+    torch.testing.assert_close(reward, torch.zeros(6), atol=1e-4, rtol=0)
 
 
 def test_the_rule_on_the_decoded_scene():
@@ -1723,7 +1741,7 @@ def test_ppo_learns_a_bandit():
         with torch.no_grad():
             b = dict(feature=feature, chain=chain, logprob=actor.chain_logprob(feature, chain))
             b["advantage"] = (gain - gain.mean()) / gain.std()
-            b["return"] = gain
+            b["returns"] = gain
         for _ in range(4):
             loss, _ = diwa.ppo_loss(cfg, actor, critic, b)
             optimizer.zero_grad()
