@@ -94,7 +94,8 @@ def sizes(cfg):
         f"| frame: two pictures | 2 x {cfg.image_size} x {cfg.image_size} x 3 |",
         f"| its codes, static and gripper | {cfg.wm_codes} + {cfg.wm_codes // 2} |",
         f"| embedding: codes through a network, and proprioception | {cfg.wm_embed} + 15 |",
-        f"| memory h, guess z, command c | {cfg.wm_h} + {cfg.wm_z} + 7 = {wm.feature_size}, the feature |",
+        f"| memory h, guess z, command c | {cfg.wm_h} + {diwa.latent_size(cfg)} + 7 = {wm.feature_size}, "
+        "the feature |",
         f"| chunk | {cfg.bc_chunk} actions of 7 = {7 * cfg.bc_chunk} |",
         f"| weights of the world model | {count(wm)} |",
         f"| weights of the denoiser | {count(actor.net)} |",
@@ -151,7 +152,7 @@ def draw_model(cfg, path):
             x = 2.2 * t
             box(x, base + 1, f"h{t}\n{cfg.wm_h}", "#cfe2f3")
             sees = watching or t == 0
-            words = f"z{t} ~ {'posterior' if sees else 'prior'}\n{cfg.wm_z}"
+            words = f"z{t} ~ {'posterior' if sees else 'prior'}\n{diwa.latent_size(cfg)}"
             box(x, base, words, "#d9ead3" if sees else "#fff2cc")
             arrow((x, base + 1), (x, base))
             if sees:

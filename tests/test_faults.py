@@ -345,8 +345,9 @@ def test_all_tasks_are_those_of_the_recording(recording, tmp_path):
     ("wm_context", 0), ("ft_play", 6), ("ft_snapshot", 0), ("ft_minibatches", 0), ("ft_minibatches", 10 ** 6),
     ("wm_codes", 4000), ("image_size", 0), ("image_size", -64), ("demo_count", 0), ("wm_lr", "nan"),
     ("wm_lr", 0), ("wm_batch", 0), ("wm_length", 200), ("play_frames", 0), ("play_episode", 1),
-    ("wm_stride", 0), ("ft_gamma", 1.5), ("bc_ema", -0.1), ("ft_std", 0.05), ("wm_decode", 0), ("reward_tau", 0),
-    ("wm_h", 0), ("ft_horizon", 0), ("eval_curve", -1), ("ft_bc", "inf"), ("wm_classes", 0),
+    ("wm_stride", 0), ("ft_gamma", 1.5), ("bc_ema", -0.1), ("ft_std", 0.05), ("wm_decode", 0),
+    ("reward_tau", 0), ("wm_h", 0), ("ft_horizon", 0), ("eval_curve", -1), ("ft_bc", "inf"),
+    ("wm_classes", 0),
 ])
 def test_numbers_out_of_range_are_refused_before_any_work(flag, value, tmp_path, capsys):
     assert diwa.main([*TINY, "--runs", str(tmp_path), f"--{flag}", str(value)]) == 2

@@ -13,11 +13,17 @@ FLAGS = ["--stage", "wm", "--wm_noise", "0", "--wm_decode", "1", "--wm_context",
          "--wm_bf16", "0"]
 
 
+def halves(x):
+    """A draw of a class that takes the one in the middle."""
+    return torch.full_like(x, 0.5)
+
+
 def process(job):
     """One of torchrun's processes, without the dice: no noise and the same context in every row, so that a
     batch may be cut in two.  stop: interrupted at that update -> the exit code"""
     os.environ.update(job["environment"])
     torch.randn_like = torch.zeros_like
+    torch.rand_like = halves
     if job["stop"] is not None:
         right, runs.SAVE_EVERY = diwa.cosine_lr, -1
 
@@ -60,6 +66,7 @@ def test_two_processes_take_the_steps_that_one_takes(done, tmp_path, monkeypatch
     assert (folders[1] / "smoke" / "wm.partial.pt").exists() and not (folders[1] / "smoke" / "wm.pt").exists()
     assert launch(folders[1]) == [0, 0]
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr(torch, "rand_like", halves)
     assert main(folders[0], *FLAGS) == 0
     one, two = map(weights, folders)
     start = torch.load(done / "smoke" / "wm.pt", weights_only=True)["model"]
