@@ -22,10 +22,10 @@ Symbols
 
 Where this file departs from the papers, on purpose: dreams start amid attempts, too; practice is short, at
 ten times the learning rate, ends before PPO exploits the model's errors, and what acts is a moving average of
-its weights; one step of the world model spans two control steps; the transition is told the commanded pose;
-each dream misplaces the arm by millimetres; a reward needs two verdicts in a row; the preset `cpu` has linear
-codes and Gaussian latents; the prior is also trained open loop, as a dream uses it, and with noisy inputs;
-the classifier compares with the first feature, because CALVIN's task rules do.
+its weights; rewards are not scaled; a step of the world model spans two control steps; its transition is told
+the commanded pose, its features must tell pose and scene; each dream misplaces the arm by millimetres; a
+reward needs two verdicts in a row; the preset `cpu` has linear codes, Gaussian latents; the prior also learns
+open loop, as a dream uses it; the classifier compares with the first feature, because CALVIN's rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
 """
 import copy
@@ -69,19 +69,19 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     play_frames: int = 180_000      # recorded frames of play (paper: 500,000)
     demo_count: int = 50            # demonstrations of the task (paper: 50)
     wm_updates: int = 7000          # gradient steps of the world model (paper: up to 2 M)
-    reward_labels: str = "unlabelled"  # play fails; demos (paper): no play; predicate, strict: rule; state
+    reward_labels: str = "unlabelled"  # play fails; demos: no play (paper); predicate, strict, state: README
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_bc: float = 0.05             # alpha_BC, pull to the cloned policy (paper: .05; ten demos: .01)
     # play: task-agnostic interaction, the world model's only food
     play_episode: int = 250         # frames of one episode
     play_tasks: str = "all"         # what play tries, comma-separated (preset class: one fixture's two)
-    play_replay: int = 20           # demonstrations of each task that only judge world model and classifier
+    play_replay: int = 20           # held-out demonstrations of each task, which only judge
     # wm: the world model, section 2
     wm_stride: int = 2              # control steps that one step of the model spans (paper: 1)
     wm_encoder: str = "linear"      # conv (paper), or linear: principal components of the frames
     wm_codes: int = 256             # linear encoder: components of the static camera, half for the gripper's
     wm_depth: int = 48              # conv encoder: channels of the first layer (paper: 48)
-    wm_latent: str = "gaussian"     # categorical (paper) or gaussian
+    wm_latent: str = "gaussian"     # gaussian, or categorical (paper) with --wm_z 16 --wm_classes 16
     wm_z: int = 48                  # latents: Gaussian dimensions or categorical variables (paper: 32)
     wm_classes: int = 32            # classes of a categorical latent (paper: 32)
     wm_h: int = 256                 # size of the deterministic state (paper: 1024)
@@ -95,7 +95,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_bf16: int = 1                # learn and dream in bfloat16 on CPUs that have it (CUDA: convolutions do)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
-    wm_kl: float = 0.3              # weight of the KL term (paper: 0.3)
+    wm_kl: float = 0.3              # weight of the KL term (paper: 0.3; 16 x 16 categoricals: .1)
     wm_balance: float = 0.8         # share of the KL that trains the prior (paper: 0.8)
     wm_free: float = 0.0            # free nats a step, DreamerV3 (paper: 0)
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
@@ -140,7 +140,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_actor_lr: float = 1e-4       # AdamW (paper: 1e-5)
     ft_critic_lr: float = 1e-3      # AdamW (paper: 1e-3)
     ft_warmup: int = 2              # iterations that train the critic only
-    ft_gamma: float = 0.98          # discount a chunk: impatient, for there is a time limit (paper: .999)
+    ft_gamma: float = 0.98          # discount a chunk: haste pays, for there is a time limit (paper: .999)
     ft_lambda: float = 0.95         # GAE (paper: .95)
     ft_gamma_denoise: float = 0.99  # discount a denoising step (paper: .99)
     ft_clip: float = 0.03           # clip range at the last denoising step (paper: .01)
@@ -171,7 +171,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
 #    executed BEFORE frame t.  Training sequences start from the zero state, as dreams and robots do.
 
 def descend(loss, *optimizers, clip=None):
-    """One gradient step of each optimizer -> the gradient's norm, where it is clipped."""
+    """One gradient step of each optimizer -> the gradient's norm, where it is clipped (the first's only)."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -565,8 +565,8 @@ def gaussian_logprob(x, mean, std):
     return (-0.5 * ((x - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)).clamp(-5, 2)
 
 class DiffusionActor(nn.Module):
-    """net: the trainable denoiser.  base: while cloning its moving average, then its frozen copy, which makes
-    the first K - K' steps and anchors fine-tuning."""
+    """net: the trainable denoiser.  base: while cloning, the moving average of net; then a frozen copy, which
+    makes the first K - K' steps and anchors fine-tuning."""
     def __init__(self, cfg, feature_size):
         super().__init__()
         self.cfg = cfg
@@ -879,7 +879,7 @@ def dream_rollout(cfg, env, actor, critic):
 
 def ppo_loss(cfg, actor, critic, b):
     """DPPO, eq. 11.  b: a minibatch with feature [N, D], chain [N, K'+1, H, A], logprob [N, K'], advantage,
-    returns [N], anchor (chains of the cloned policy, to be kept likely).  -> loss, diagnostics"""
+    returns [N], anchor (chains of the cloned policy, likewise, to be kept likely).  -> loss, diagnostics"""
     left = torch.arange(actor.ft_steps - 1, -1, -1, device=b["feature"].device)    # steps that follow
     advantage = b["advantage"][:, None] * cfg.ft_gamma_denoise ** left                    # [N, K']
     log_ratio = actor.chain_logprob(b["feature"], b["chain"]) - b["logprob"]
@@ -896,7 +896,7 @@ def ppo_loss(cfg, actor, critic, b):
     return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
 
 def ppo_iteration(cfg, env, actor, critic, *optimizers):
-    """Dream from new starts (a resumed run misses nothing); learn.  optimizers: critic[, actor] -> metrics"""
+    """All dreams begin anew, so no dream must be saved; learn.  optimizers: critic[, actor] -> metrics"""
     roll = dream_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
     advantage, returns = gae(roll["reward"], roll["value"], roll["next_value"], roll["terminated"],
@@ -1160,7 +1160,7 @@ def finetune(cfg, env, actor, stage="finetune", rival=None):
     for i, _ in updates:
         learning = [critic_optimizer] if i < cfg.ft_warmup else [critic_optimizer, actor_optimizer]
         metrics = ppo_iteration(cfg, env, actor, critic, *learning)
-        ema_update(acting.net, actor.net, cfg.ft_ema, 9 * i)                 # at first their plain mean
+        ema_update(acting.net, actor.net, cfg.ft_ema, 9 * i)                 # decay about i / (i + 1): a mean
         if rival and rival.reached(actor, metrics):
             updates.total = i + 1
         updates.log(metrics)
