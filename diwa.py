@@ -92,7 +92,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW's learning rate (paper: 3e-4)
     wm_lr_end: float = 0.1          # its end, as a share of it, along a cosine (paper: 1, constant)
-    wm_bf16: int = 1                # learn and dream in bfloat16 on CPUs that have it (CUDA: convolutions do)
+    wm_bf16: int = 1                # bfloat16 where the device has it, learning and dreaming (CUDA: convolutions)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3; 16 x 16 categoricals: .1)
@@ -205,7 +205,7 @@ class ConvEncoder(nn.Module):
     """One convolutional network a camera, 64 -> 31 -> 14 -> 6 -> 2 pixels (DreamerV2)."""
     def __init__(self, cfg):
         super().__init__()
-        d = cfg.wm_depth
+        self.cfg, d = cfg, cfg.wm_depth
         def camera():
             layers = []
             for a, b in ((3, d), (d, 2 * d), (2 * d, 4 * d), (4 * d, 8 * d)):
@@ -221,7 +221,7 @@ class ConvEncoder(nn.Module):
         for net, x in ((self.static, static), (self.gripper, gripper)):
             x = x.flatten(0, -4).permute(0, 3, 1, 2)                                      # [N, 3, 64, 64]
             x = (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-            with half_precision("cuda", x.is_cuda):
+            with half_precision(self.cfg, "cuda"):
                 parts.append(net(x).float())                                              # [N, 8 d * 2 * 2]
         return torch.cat(parts, -1).unflatten(0, static.shape[:-3])
 
@@ -229,7 +229,7 @@ class ConvDecoder(nn.Module):
     """Feature -> both mean images; transposed convolutions with kernels 5 (of one pixel: Linear), 5, 6, 6."""
     def __init__(self, cfg, inputs):
         super().__init__()
-        d = cfg.wm_depth
+        self.cfg, d = cfg, cfg.wm_depth
         def camera():
             return nn.Sequential(
                 nn.Linear(inputs, 32 * d), nn.Linear(32 * d, 4 * d * 25),
@@ -243,7 +243,7 @@ class ConvDecoder(nn.Module):
     def forward(self, feature):
         """[..., D] -> [static, gripper], each [..., 64, 64, 3] in -1..1"""
         flat = feature.flatten(0, -2)
-        with half_precision("cuda", flat.is_cuda):
+        with half_precision(self.cfg, "cuda"):
             images = [net(flat).float() for net in (self.static, self.gripper)]      # [N, 3, 64, 64] each
         return [image.permute(0, 2, 3, 1).unflatten(0, feature.shape[:-1]) for image in images]
 
@@ -822,7 +822,7 @@ def dream_step(wm, state, action, shift=0.0):
         keep = 1                                            # tcp is guessed once a step: add to the target
         command = encode_command(target, a[:, 6:])
         commands.append(command + shift)
-    with half_precision("cpu", wm.cfg.wm_bf16 and wm.cfg.device == "cpu"):                # as it was trained
+    with half_precision(wm.cfg, "cpu"):                       # nothing is lost by it
         h = wm.step(state["h"], state["z"], action.flatten(1), torch.cat(commands, -1))
         return dict(h=h, z=sample_latent(wm.prior(h), wm.cfg), command=command, target=target)
 
@@ -1019,7 +1019,7 @@ def stage_wm(cfg):
     for i, rng in updates:                                  # draws of update i; a killed run goes on there
         cosine_lr(optimizer, cfg.wm_lr, i, cfg.wm_updates, floor=cfg.wm_lr_end)
         first = parallel.share(rng.choice(starts, cfg.wm_batch))
-        with half_precision("cpu", cfg.wm_bf16 and cfg.device == "cpu"):
+        with half_precision(cfg, "cpu"):
             loss, metrics = loss_of(recording.batch(first[:, None] + window))
         metrics["norm"] = descend(loss, optimizer, clip=cfg.wm_clip)
         updates.log(metrics)

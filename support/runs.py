@@ -478,9 +478,10 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
         group["lr"] = peak * rise * fall
 
 
-def half_precision(device, wanted):
-    """bfloat16 for the matrices and convolutions of a `with` block, if the device has it; what sums stays in
-    float32."""
+def half_precision(cfg, device):
+    """bfloat16 for the matrices and convolutions of a `with` block that runs on this kind of device, if the
+    device has it and wm_bf16 is on; what sums stays in float32."""
+    wanted = cfg.wm_bf16 and cfg.device == device
     return torch.autocast(device, torch.bfloat16, enabled=bool(wanted) and has_bfloat16(device))
 
 

@@ -110,7 +110,7 @@ def world_model_update(cfg, wm):
     optimizer = torch.optim.AdamW(wm.parameters(), lr=1e-4, fused=True)
 
     def update():
-        with half_precision("cpu", cfg.wm_bf16 and cfg.device == "cpu"):
+        with half_precision(cfg, "cpu"):
             loss = diwa.world_model_loss(wm, batch, cfg)[0]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

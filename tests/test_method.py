@@ -797,7 +797,8 @@ def test_bfloat16_is_asked_for_and_nearly_the_same(monkeypatch):
     for wanted in (0, 1):
         torch.manual_seed(0)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-        with runs.half_precision("cpu", wanted):
+        cfg.wm_bf16 = wanted
+        with runs.half_precision(cfg, "cpu"):
             half = wm.fuse(torch.randn(1, wm.codec.size)).dtype == torch.bfloat16
             assert half == bool(wanted)
             losses.append(diwa.world_model_loss(wm, batch, cfg)[0])
@@ -807,8 +808,20 @@ def test_bfloat16_is_asked_for_and_nearly_the_same(monkeypatch):
     assert {p.grad.dtype for p in wm.parameters() if p.grad is not None} == {torch.float32}
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert not runs.has_bfloat16("cpu")
-    with runs.half_precision("cpu", 1):
+    with runs.half_precision(cfg, "cpu"):
         assert wm.fuse(torch.randn(1, wm.codec.size)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_half_precision_is_one_flag_on_both_kinds_of_device(monkeypatch, wanted, device):
+    """wm_bf16 0 is float32 on a GPU, too; and a block for the one device does nothing on the other."""
+    monkeypatch.setattr(runs, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, enabled))
+    cfg = tiny(device=device, wm_bf16=wanted)
+    for kind in ("cpu", "cuda"):
+        on = bool(wanted and kind == device)
+        assert runs.half_precision(cfg, kind) == (kind, torch.bfloat16, on)
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
