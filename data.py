@@ -311,9 +311,9 @@ class Recording:
         # CALVIN's own recordings hold the measured motion, not the command: how far the target led the arm is
         # unknown, so each action starts from where the arm is
         self.keeps_target = dataset.meta.get("keeps_target", dataset.meta.get("source") != "calvin")
-        target = commanded_targets(robot, actions, dataset.episodes, self.keeps_target)          # [N, 6]
-        # the action executed before the frame
-        before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])
+        target = commanded_targets(robot, actions, dataset.episodes, self.keeps_target,
+                                   dataset.meta.get("first_targets"))                            # [N, 6]
+        before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])            # executed before it
         first = dataset.episodes[:, 0]
         before[first] = 0
         gripper = before[:, 6:].copy()
@@ -380,14 +380,15 @@ class Recording:
         return out
 
 
-def commanded_targets(robot_obs, actions, episodes, keep=True):
+def commanded_targets(robot_obs, actions, episodes, keep=True, first_targets=None):
     """Integrate the commands exactly as the simulator does, all episodes together.  -> [N, 6] f32
 
-    target[t+1] = advance(target[t], action[t], measured tcp[t]); without `keep` from tcp[t]."""
+    target[t+1] = advance(target[t], action[t], measured tcp[t]); without `keep` from tcp[t].
+    first_targets [E, 6]: of pieces that were cut out of episodes; else an arm begins at rest."""
     target = np.zeros((len(robot_obs), 6), np.float32)
     first = episodes[:, 0]
     lengths = episodes[:, 1] - first + 1
-    target[first] = robot_obs[first, :6]
+    target[first] = robot_obs[first, :6] if first_targets is None else first_targets
     for t in range(lengths.max() - 1):
         now = first[lengths > t + 1] + t
         target[now + 1] = advance_target(target[now], actions[now], robot_obs[now, :6], keep)

@@ -92,7 +92,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW's learning rate (paper: 3e-4)
     wm_lr_end: float = 0.1          # its end, as a share of it, along a cosine (paper: 1, constant)
-    wm_bf16: int = 1                # bfloat16 where the device has it, learning and dreaming (CUDA: convolutions)
+    wm_bf16: int = 1                # bfloat16 where a device has it: learning, dreams (CUDA: convolutions)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3; 16 x 16 categoricals: .1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import FIELDS, HELD_OUT, Dataset, frame_bytes, pack, save_part
+from data import FIELDS, HELD_OUT, Dataset, Recording, frame_bytes, pack, save_part
 from support import expert
 from support.files import InputError, free_space, replace_folder, write_atomic, writing
 from support.runs import (RENDERERS, apart, check_data, code, first_seed, in_processes, load, load_file,
@@ -194,7 +194,8 @@ def use_given_play(cfg, folder):
     with writing(folder):
         temporary.mkdir(parents=True)
         np.save(temporary / "ep_start_end_ids.npy", episodes)
-        meta = dict(given.meta, frames_in=str(given.path.absolute()), **origin(cfg, "play"))
+        meta = dict(given.meta, frames_in=str(given.path.absolute()),
+                    first_targets=targets_at(cfg, given, episodes[:, 0]), **origin(cfg, "play"))
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     heldout = []
     seen_before = []
@@ -246,6 +247,15 @@ def pack_segments(cfg, stage, folder, segments, **more):
         placed.append((task, 0, b - a))
         save_part(paths[-1], {key: given[key][a:b + 1] for key in FIELDS})
     meta = {key: given.meta[key] for key in ("source", "renderer", "keeps_target") if key in given.meta}
+    meta["first_targets"] = targets_at(cfg, given, [a for _, a, _ in segments])
     meta = dict(meta, **more, **origin(cfg, stage), versions=versions(cfg))
     pack(paths, folder, meta, placed)
     shutil.rmtree(parts)
+
+
+def targets_at(cfg, given, frames):
+    """Where had the arm been told to be, some centimetres ahead, when these frames were recorded?
+
+    A piece that is cut out of an episode begins with that.  -> list of [6], or None where no target is kept"""
+    recording = Recording(cfg, given)
+    return recording.target[frames].tolist() if recording.keeps_target else None

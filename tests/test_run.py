@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -567,6 +568,29 @@ def recording(done, tmp_path_factory):
         data.pack(parts, folder / "packed", about, spans)
 
     return made_once(tmp_path_factory, "recording", make) / "packed"
+
+
+def test_pieces_know_what_the_arm_had_been_told(recording, tmp_path):
+    """Play and demonstrations that are cut out of long episodes: their targets are those of the episodes, and
+    do not begin anew where the arm happens to be at the cut."""
+    shutil.copytree(recording, tmp_path / "given")
+    meta = json.loads((recording / "meta.json").read_text())
+    (tmp_path / "given" / "meta.json").write_text(json.dumps(dict(meta, keeps_target=True)))
+    for stage in ("play", "demos"):
+        flags = ["--data", str(tmp_path / "given"), "--sim", "none", "--wm_state", "0", "--play_replay", "2"]
+        assert main(tmp_path, *HASTY, *flags, "--stage", stage) == 0
+    names = "given", "smoke/play", "smoke/demos_close_drawer", "smoke/replay"
+    cfg = diwa.Config(device="cpu")
+    given, play, demos, replay = (data.Recording(cfg, data.Dataset(tmp_path / name)) for name in names)
+    torch.testing.assert_close(play.target, given.target)
+    lead = given.target - torch.from_numpy(np.array(given.ds["robot_obs"])[:, :6])
+    assert len(play.ds.episodes) > len(given.ds.episodes) and lead[play.ds.episodes[:, 0]].abs().max() > 0.005
+    for cut in (demos, replay):
+        for _, a, b in cut.ds.segments:
+            robot = cut.ds["robot_obs"][a:b + 1]
+            whole = given.ds["robot_obs"]
+            at, = [i for _, i, _ in given.ds.segments if np.array_equal(whole[i:i + b - a + 1], robot)]
+            torch.testing.assert_close(cut.target[a:b + 1], given.target[at:at + b - a + 1])
 
 
 def test_a_recording_alone_is_enough(recording, tmp_path, capsys, no_pictures):
