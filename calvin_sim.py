@@ -62,7 +62,6 @@ WINDUP_POS = 0.06                            # how far the target may lead the m
 WINDUP_ORN = 0.15                            # and rad
 ROBOT_BASE = (-0.34, -0.46, 0.24)
 HOME = np.array([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])  # CALVIN's arm joints, rad
-HOME_TCP = np.array([0.0259, -0.2313, 0.5713])
 TIP = 0.0157                                 # fingertips beyond the tcp, along the tool: m
 ARM = tuple(range(7))                        # joints of the robot
 FINGERS = (9, 10)

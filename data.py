@@ -72,11 +72,14 @@ def pack(parts, out, meta, segments=None):
     with writing(out), contextlib.ExitStack() as stack:
         temporary.mkdir(parents=True)
         files = {}
-        for part in parts:
+        for part, length in zip(parts, lengths):
             with np.load(part) as episode:
                 frames = {key: episode[key] for key in FIELDS if key in episode or key not in OPTIONAL}
             for key, values in frames.items():
                 dtype = FIELDS[key][1]
+                if len(values) != length:
+                    raise InputError(f"{part} holds {len(values)} {key} and {length} rel_actions: "
+                                     "give one of each for every frame")
                 if key not in files:
                     files[key] = stack.enter_context(open(temporary / f"{key}.npy", "wb"))
                     npy_start(files[key], (int(ends[-1]), *values.shape[1:]), dtype)
@@ -90,14 +93,8 @@ def pack(parts, out, meta, segments=None):
                 placed.append([task, first + a, first + b])
                 if not 0 <= a <= b <= end - first:
                     raise InputError(f"segment {segment} does not fit into its {end - first + 1} frames")
-        meta = dict(
-            meta,
-            frames=int(ends[-1]),
-            image_size=size,
-            segments=placed,
-            numpy=np.__version__,
-            written=time.strftime("%Y-%m-%d"),
-        )
+        versions = dict(numpy=np.__version__, written=time.strftime("%Y-%m-%d"))
+        meta = dict(meta, frames=int(ends[-1]), image_size=size, segments=placed, **versions)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     replace_folder(temporary, out)
 
@@ -311,8 +308,8 @@ class Recording:
         # CALVIN's own recordings hold the measured motion, not the command: how far the target led the arm is
         # unknown, so each action starts from where the arm is
         self.keeps_target = dataset.meta.get("keeps_target", dataset.meta.get("source") != "calvin")
-        target = commanded_targets(robot, actions, dataset.episodes, self.keeps_target,
-                                   dataset.meta.get("first_targets"))                            # [N, 6]
+        begin = dataset.meta.get("first_targets") if self.keeps_target else None
+        target = commanded_targets(robot, actions, dataset.episodes, self.keeps_target, begin)   # [N, 6]
         before = np.concatenate([np.zeros((1, 7), np.float32), actions[:-1]])            # executed before it
         first = dataset.episodes[:, 0]
         before[first] = 0

@@ -28,7 +28,8 @@ def inspect(path, out=None):
     lengths = ds.episodes[:, 1] - ds.episodes[:, 0] + 1
     print(f"{path}: {len(ds)} frames ({len(ds) / 1800:.1f} minutes at 30 Hz), images {ds.image_size} px, "
           f"{len(lengths)} episodes of {lengths.min()} to {lengths.max()} frames")
-    print(", ".join(f"{key}: {value}" for key, value in ds.meta.items() if key != "segments"))
+    print(", ".join(f"{key}: {value}" for key, value in ds.meta.items()
+                    if key not in ("segments", "first_targets")))
     for task in sorted({task for task, _, _ in ds.segments}):
         spans = [b - a + 1 for t, a, b in ds.segments if t == task]
         print(f"  {task:32s} {len(spans):5d} segments of {min(spans)} to {max(spans)} frames")

@@ -45,5 +45,7 @@ def free_space(path):
 def replace_folder(temporary, out):
     """Put a finished folder in the place of an old one."""
     with writing(out):
+        if out.is_symlink():                                # a variant's link to another run's recording
+            out.unlink()
         shutil.rmtree(out, ignore_errors=True)
         os.replace(temporary, out)

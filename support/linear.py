@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support.files import InputError
+
 
 class LinearCodec(nn.Module):
     """The closed-form linear autoencoder: principal components of the frames.  Distances between codes are
@@ -36,6 +38,9 @@ class LinearCodec(nn.Module):
         x = frames.flatten(1).float() / 127.5 - 1                                         # [N, pixels]
         mean = x.mean(0)
         k = getattr(self, f"{name}_std").numel()
+        if k > len(x):
+            raise InputError(f"{k} components of {len(x)} frames that are not held out: give --wm_codes "
+                             f"{len(x)} or fewer")
         _, s, v = torch.svd_lowrank(x - mean, q=min(k + 16, len(x)), niter=3)
         for key, value in (("mean", mean), ("basis", v[:, :k]), ("std", s[:k] / math.sqrt(len(x)))):
             getattr(self, f"{name}_{key}").copy_(value)

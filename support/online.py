@@ -82,14 +82,7 @@ def call(name, given):
 
 
 def result_of(answer):
-    if not isinstance(answer, concurrent.futures.Future):
-        return answer
-    try:
-        return answer.result()
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise InputError("a simulator process died (killed, or for lack of memory?): free some memory or "
-                         "give fewer --ft_dreams, then type the same command again: it goes on where it "
-                         "stopped") from error
+    return answer.result() if isinstance(answer, concurrent.futures.Future) else answer
 
 
 class SimEnv:
@@ -118,10 +111,14 @@ class SimEnv:
         {arm: what is given} -> {arm: what comes back}, in the order of the arms: each draws its noise"""
         n = len(self.groups)
         parts = [{i // n: value for i, value in given.items() if i % n == g} for g in range(n)]
-        answers = [getattr(group, name)(part) for group, part in zip(self.groups, parts)]
-        found = {}
-        for g, answer in enumerate(answers):
-            found.update({n * i + g: value for i, value in result_of(answer).items()})
+        try:
+            answers = [getattr(group, name)(part) for group, part in zip(self.groups, parts)]
+            answers = [result_of(answer) for answer in answers]
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise InputError("a simulator process died (killed, or for lack of memory?): free some memory or "
+                             "give fewer --workers, then type the same command again: it goes on where it "
+                             "stopped") from error
+        found = {n * i + g: value for g, answer in enumerate(answers) for i, value in answer.items()}
         return dict(sorted(found.items()))
 
     def fresh(self, arms):

@@ -61,7 +61,9 @@ def in_step(model, loss):
     """-> a function of a batch that returns loss(model, batch, model.cfg); behind its gradient stand all
     processes."""
     step = Step(model, loss)
-    return DistributedDataParallel(step) if size() > 1 else step
+    if size() > 1:
+        return DistributedDataParallel(step, broadcast_buffers=False)       # the codes' never change
+    return step
 
 
 def share(batch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import FIELDS, HELD_OUT, Dataset, Recording, frame_bytes, pack, save_part
+from data import FIELDS, HELD_OUT, Dataset, commanded_targets, frame_bytes, pack, save_part
 from support import expert
 from support.files import InputError, free_space, replace_folder, write_atomic, writing
 from support.runs import (RENDERERS, apart, check_data, code, first_seed, in_processes, load, load_file,
@@ -24,8 +24,10 @@ def stage_play(cfg):
     for task in tasks:
         wanted[task] = first_seed(cfg, "heldout", task), cfg.play_replay, 0
     good = record(cfg, parts, wanted)
+    replay = folder.with_name("replay")
+    shutil.rmtree(replay, ignore_errors=True)               # an earlier play's would judge this one
     if cfg.play_replay:
-        pack_recorded(cfg, "play", folder.with_name("replay"), {task: good[task] for task in tasks})
+        pack_recorded(cfg, "play", replay, {task: good[task] for task in tasks})
     pack_recorded(cfg, "play", folder, {"play": good["play"]})
     shutil.rmtree(parts)
 
@@ -98,7 +100,8 @@ def drop_others(cfg, parts, wanted):
     A part is known by its name: without this a recording that was cut off would go on with any settings."""
     lengths = {kind: length for kind, (_, _, length) in wanted.items()}
     stage = "play" if "play" in wanted else "demos"
-    made_with = dict(sim_of(cfg), seed=cfg.seed, lengths=lengths, code=code(cfg, stage))
+    made_with = dict(sim=cfg.sim, image_size=cfg.image_size, seed=cfg.seed, lengths=lengths,
+                     code=code(cfg, stage))
     note = parts / "made_with.json"
     with writing(parts):
         if parts.exists() and (not note.exists() or load_file(note) != made_with):
@@ -195,7 +198,7 @@ def use_given_play(cfg, folder):
         temporary.mkdir(parents=True)
         np.save(temporary / "ep_start_end_ids.npy", episodes)
         meta = dict(given.meta, frames_in=str(given.path.absolute()),
-                    first_targets=targets_at(cfg, given, episodes[:, 0]), **origin(cfg, "play"))
+                    first_targets=targets_at(given, episodes[:, 0]), **origin(cfg, "play"))
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     heldout = []
     seen_before = []
@@ -247,15 +250,15 @@ def pack_segments(cfg, stage, folder, segments, **more):
         placed.append((task, 0, b - a))
         save_part(paths[-1], {key: given[key][a:b + 1] for key in FIELDS})
     meta = {key: given.meta[key] for key in ("source", "renderer", "keeps_target") if key in given.meta}
-    meta["first_targets"] = targets_at(cfg, given, [a for _, a, _ in segments])
+    meta["first_targets"] = targets_at(given, [a for _, a, _ in segments])
     meta = dict(meta, **more, **origin(cfg, stage), versions=versions(cfg))
     pack(paths, folder, meta, placed)
     shutil.rmtree(parts)
 
 
-def targets_at(cfg, given, frames):
+def targets_at(given, frames):
     """Where had the arm been told to be, some centimetres ahead, when these frames were recorded?
 
-    A piece that is cut out of an episode begins with that.  -> list of [6], or None where no target is kept"""
-    recording = Recording(cfg, given)
-    return recording.target[frames].tolist() if recording.keeps_target else None
+    A piece that is cut out of an episode begins with that, where targets are kept.  -> list of [6]"""
+    robot, actions = (np.array(given[key]) for key in ("robot_obs", "rel_actions"))
+    return commanded_targets(robot, actions, given.episodes)[frames].tolist()

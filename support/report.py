@@ -343,14 +343,19 @@ def table(rows):
         "| DiWA paper: BC, DiWA; WAM | min |",
         "|" + "---|" * (12 + official),
     ]
-    tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
-    tasks += sorted({r["task"] for r in rows} - set(tasks))  # that the papers do not know
+    tasks = tasks_in(rows)
     rows = sorted(rows, key=lambda r: (tasks.index(r["task"]), r["seed"]))
     for task in tasks:
         lines.append(task_line(task, [r for r in rows if r["task"] == task], official))
     if len(rows) > 1:
         lines += together(rows, official)
     return lines
+
+
+def tasks_in(rows):
+    """The papers' tasks in their order, then others."""
+    known = [t for t in PAPER if any(r["task"] == t for r in rows)]
+    return known + sorted({r["task"] for r in rows} - set(known))
 
 
 def task_line(task, group, official):
@@ -416,25 +421,26 @@ def short_table(rows):
     column = f" {OFFICIAL}, cloned and fine-tuned |" if official else ""
     lines = [f"| task | cloned | fine-tuned in the dream |{column} DiWA | WAM |"]
     lines += ["|---" * (5 + official) + "|"]
-    tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
+    tasks = tasks_in(rows)
     for task in tasks:
         group = [r for r in rows if r["task"] == task]
         before, after = (np.concatenate([r[key] for r in group]) for key in ("before", "after"))
-        _, diwa, wam = PAPER[task]
         column = f" {from_official(group)} |" if official else ""
-        lines.append(f"| {task} | {rate(before)} | {rate(after)} |{column} {diwa} % | {wam} % |")
+        papers = " | ".join(f"{number} %" for number in PAPER[task][1:]) if task in PAPER else "- | -"
+        lines.append(f"| {task} | {rate(before)} | {rate(after)} |{column} {papers} |")
     before, after = (np.mean([np.mean(r[key]) for r in rows]) for key in ("before", "after"))
     pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
-    _, diwa, wam = np.mean([PAPER[task] for task in tasks], 0)
+    known = [PAPER[task][1:] for task in tasks if task in PAPER]
+    papers = " | ".join(f"{number:.1f} %" for number in np.mean(known, 0)) if known else "- | -"
     tuned = f"**{percent(after)}**, difference {difference(*pairs)[0]}"
     column = f" {from_official(rows)} |" if official else ""
-    lines.append(f"| mean | {percent(before)} | {tuned} |{column} {diwa:.1f} % | {wam:.1f} % |")
+    lines.append(f"| mean | {percent(before)} | {tuned} |{column} {papers} |")
     return lines
 
 
 def compact_table(rows):
     """The same in four lines: success in %, a column a task."""
-    tasks = [t for t in PAPER if any(r["task"] == t for r in rows)]
+    tasks = tasks_in(rows)
     names = [t.replace("_", " ").replace("move ", "") for t in tasks]
     names = [re.sub("turn (on|off) (.*)", r"\2 \1", name) for name in names]
     lines = ["| % | " + " | ".join(names) + " | mean |"]

@@ -113,13 +113,18 @@ def parse(argv, config, presets, description, epilog):
     known(preset, presets, "preset")
     if given.get("run") == "":
         raise InputError("--run '' names no folder: give it a name, or leave --run out")
-    saved = Path(given.get("runs", "runs")) / given.get("run", preset) / "config.json"
+    run = given.get("run", preset)
+    saved = Path(given.get("runs", "runs")) / run / "config.json"
     settings = usual_settings(presets, preset, given.get("sim"))
     if "preset" not in given and exists(saved):             # a run remembers its settings; flags still win
         settings = saved_settings(saved, fields)
         preset = settings.get("preset", preset)
         known(preset, presets, "preset")
-    return config(**{**settings, "run": preset, **given, "preset": preset})
+        sims = {settings.get("sim", config.sim), given.get("sim", "none")}
+        if {"tabletop", "calvin"} <= sims:
+            raise InputError(f"{saved.parent} is a run of the other simulator and has the settings of that "
+                             f"one: give --run and a new name, or --preset {preset} to begin anew there")
+    return config(**{**settings, **given, "run": run, "preset": preset})
 
 
 def groups_of(config):
@@ -293,11 +298,14 @@ def origin(cfg, stage):
 
 
 def code(cfg, stage):
-    """The code that a stage of this run uses: not the adapter of a simulator that it does not run in."""
-    everything = code_of(stage)
-    if cfg.sim == "calvin":
-        return dict(everything)
-    return {name: number for name, number in everything.items() if not name.startswith("support.calvin_real")}
+    """The code that a stage of this run uses: not the adapter of a simulator that it does not run in and,
+    where it records, not what cuts somebody's recording."""
+    unused = []
+    if cfg.sim != "calvin":
+        unused.append("support.calvin_real")
+    if stage in ("play", "demos") and not cfg.data:
+        unused.append("data.commanded_targets")
+    return {name: number for name, number in code_of(stage).items() if not name.startswith(tuple(unused))}
 
 
 def mark(found):
@@ -362,11 +370,13 @@ def load(cfg, stage):
     path = output(cfg, stage)
     found = found_origin(cfg, stage)
     if found is None:
-        raise InputError(f"{path} is missing: run --stage {stage} first, or --stage all")
+        whole = ", or --stage all" if stage in PIPELINE else ""
+        raise InputError(f"{path} is missing: run --stage {stage} first{whole}")
     for name, (then, now) in other_settings(cfg, stage, found).items():
         owner = next((s for s, (prefix, _, _) in STAGES.items() if name.startswith(prefix)), stage)
+        back = "the earlier --data" if name == "data" else f"--{name} {then}"
         raise InputError(f"{path} was made with {name}={then}, but the settings now say {name}={now}: "
-                         f"run --stage {owner} again (or --stage all), or give --{name} {then}")
+                         f"run --stage {owner} again (or --stage all), or give {back}")
     if change := other_code(cfg, stage, found):
         raise outdated(cfg, *change)
     if stage == "play":
@@ -430,6 +440,8 @@ def load_file(path, device="cpu"):
         if path.suffix == ".json":
             return json.loads(path.read_text())
         return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}") from error
     except Exception as error:
         raise InputError(f"{path} is damaged or was not written by this program ({type(error).__name__}): "
                          "delete it and run the same command again") from error
@@ -549,11 +561,12 @@ class Updates:
             metrics[name] = torch.stack(values).mean().item()
         for name, value in metrics.items():
             if not math.isfinite(value):
+                prefix = STAGES["finetune" if self.stage == "online" else self.stage][0]
                 raise InputError(f"stage {self.stage}: the term '{name}' became {value} between steps "
                                  f"{step + 1 - len(self.pending)} and {step}; "
                                  f"{partial_path(self.cfg, self.stage)} holds the last good state, "
                                  "if one was saved: try a smaller learning rate "
-                                 f"(--{STAGES[self.stage][0]}...lr, see --help) and run again")
+                                 f"(--{prefix}...lr, see --help) and run again")
         self.pending.clear()
         return metrics
 
@@ -892,7 +905,7 @@ def check_config(cfg):
     known(cfg.task, [*tasks, "all"], "task")
     if cfg.policy and (cfg.stage != "eval" or cfg.sim == "none"):
         raise InputError(f"--policy {cfg.policy} is for --stage eval in a simulator: "
-                         f"give --stage eval --policy {cfg.policy}")
+                         f"give --stage eval --sim tabletop --policy {cfg.policy}")
     if cfg.policy and cfg.policy not in ("bc", "tuned", "online") and not cfg.policy.isdecimal():
         raise InputError(f"--policy {cfg.policy} is unknown: give bc, tuned, online or the iteration of a "
                          "snapshot")
@@ -916,7 +929,7 @@ def check_config(cfg):
         raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: "
                          "use --wm_encoder linear")
     frames = len(given) if given else max(10, cfg.play_frames // cfg.play_episode) * cfg.play_episode
-    most = min(3 * cfg.image_size ** 2, frames)
+    most = min(3 * cfg.image_size ** 2, 5000, frames - frames // 10)       # of those that are not held out
     if cfg.wm_encoder == "linear" and cfg.wm_codes > most:
         raise InputError(f"--wm_codes {cfg.wm_codes} is more than {frames} frames of {cfg.image_size} px "
                          f"have: give at most {most}")

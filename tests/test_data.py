@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import diwa  # noqa: E402
 from data import InputError  # noqa: E402
-from support import calvin_import, data_command  # noqa: E402
+from support import calvin_import, data_command, files, linear  # noqa: E402
 
 EPISODES = [(100, 102), (103, 132), (140, 151)]      # does not start at 0, a first episode of 3 frames, a gap
 FRAMES = 3 + 30 + 12
@@ -117,6 +119,32 @@ def packed(tmp_path, lengths=(4, 9, 6), segments=None):
         data.save_part(path, e)
     data.pack(parts, tmp_path / "ds", {"source": "test", "renderer": "none", "seed": 0}, segments)
     return tmp_path / "ds", episodes
+
+
+def test_a_picture_too_many_is_refused(tmp_path):
+    """A common robot log has one observation more than actions: packed, it would shift all later episodes."""
+    content = episode(5)
+    data.save_part(tmp_path / "0.npz", dict(content, rel_actions=content["rel_actions"][:-1]))
+    with pytest.raises(data.InputError, match="0.npz holds 5 .* and 4 rel_actions: give one of each"):
+        data.pack([tmp_path / "0.npz"], tmp_path / "ds", {})
+    assert not (tmp_path / "ds").exists()
+
+
+def test_a_folder_takes_the_place_of_a_link(tmp_path):
+    """A variant's recordings are links: made anew, they become its own and the source stays."""
+    for name in ("source", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    (tmp_path / "play").symlink_to(tmp_path / "source")
+    files.replace_folder(tmp_path / "new", tmp_path / "play")
+    assert (tmp_path / "play" / "which").read_text() == "new" and not (tmp_path / "play").is_symlink()
+    assert (tmp_path / "source" / "which").read_text() == "source"
+
+
+def test_components_need_frames():
+    codec = linear.LinearCodec(diwa.Config(device="cpu", image_size=8, wm_codes=16))
+    with pytest.raises(data.InputError, match="16 components of 9 frames.*--wm_codes 9"):
+        codec.fit_camera("static", torch.zeros(9, 8, 8, 3, dtype=torch.uint8))
 
 
 def test_pack_and_dataset_round_trip(tmp_path):

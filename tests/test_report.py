@@ -254,6 +254,19 @@ def test_a_variant_is_the_default_but_for_its_flags(name):
     assert {f"--{key}" for key in changed_settings(cfg)} == set(flags[::2])
 
 
+def test_a_ninth_task_is_in_every_table():
+    """The papers do not know it; it counts in the mean and has its own line or column."""
+    row = json.loads(next((ROOT / "docs" / "results").glob("*open_drawer.json")).read_text())
+    own = dict(row, task="pour_tea")
+    for rows in ([own], [row, own]):
+        found, = [line for line in report.short_table(rows) if line.startswith("| pour_tea |")]
+        assert found.endswith("- | - |")
+        lines = report.compact_table(rows)
+        assert "pour tea" in lines[0] and len({line.count("|") for line in lines}) == 1
+    wam = [report.short_table(rows)[-1].split(" | ")[-1] for rows in ([row], [row, own])]
+    assert wam[0] == wam[1]
+
+
 def test_ranges_are_read_from_rows():
     """Healthy ranges: the lowest and highest end of each term over the rows that know it."""
     rows = [{"ends": {"bc.loss": 0.2, "wm.kl": 50.0}}, {"ends": {"bc.loss": 0.1}}, {}]

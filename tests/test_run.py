@@ -7,7 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -454,6 +457,47 @@ def test_a_simulator_brings_its_own_settings(tmp_path):
     saved = dict(settings=dict(sim="calvin", preset="cpu", reward_labels="unlabelled", wm_state=0.0))
     (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
     assert settings("--run", "old", "--sim", "calvin") == (0, "unlabelled")
+
+
+def test_a_run_stays_with_its_simulator(tmp_path):
+    """The default's run is runs/cpu in both, and CALVIN would get the tabletop's settings without a word."""
+    def parsed(*flags):
+        return runs.parse(["--runs", str(tmp_path), *flags], diwa.Config, diwa.PRESETS, "", "")
+
+    (tmp_path / "cpu").mkdir()
+    settings = dict(sim="tabletop", preset="smoke", reward_labels="unlabelled")
+    (tmp_path / "cpu" / "config.json").write_text(json.dumps(dict(settings=settings)))
+    with pytest.raises(runs.InputError, match="cpu is a run of the other simulator.*--run"):
+        parsed("--sim", "calvin")
+    assert parsed("--sim", "calvin", "--run", "there").reward_labels == "strict"
+    assert parsed("--sim", "calvin", "--preset", "cpu").reward_labels == "strict"
+    cfg = parsed()
+    assert (cfg.run, cfg.preset) == ("cpu", "smoke"), "what it reads it writes, whatever preset it had"
+
+
+def test_held_out_demonstrations_go_with_their_play(tmp_path, monkeypatch):
+    """--play_replay 0 after 20: the old ones would judge the new play's model."""
+    cfg = diwa.Config(run="x", runs=str(tmp_path), play_replay=0)
+    (tmp_path / "x" / "replay").mkdir(parents=True)
+    (tmp_path / "x" / "play.parts").mkdir()
+    monkeypatch.setattr(record, "record", lambda cfg, parts, wanted: {"play": []})
+    monkeypatch.setattr(record, "pack_recorded", lambda *given: None)
+    record.stage_play(cfg)
+    assert not (tmp_path / "x" / "replay").exists()
+
+
+def test_a_simulator_that_dies_is_one_sentence():
+    """Whether it is noticed when asked or when it should answer."""
+    def broken(given):
+        raise BrokenProcessPool("gone")
+
+    later = Future()
+    later.set_exception(BrokenProcessPool("gone"))
+    cfg = SimpleNamespace(ft_horizon=1)
+    for begin in (broken, lambda given: later):
+        env = online.SimEnv(cfg, SimpleNamespace(wm=None), [SimpleNamespace(begin=begin)])
+        with pytest.raises(runs.InputError, match="a simulator process died.*--workers"):
+            env.ask("begin", {0: None})
 
 
 def test_a_gpu_gets_the_same_preset(monkeypatch, tmp_path):
