@@ -53,11 +53,15 @@ class Lab:
         """Do these stages anew in a copy of the run, with other flags, or with `change` = {name in diwa.py:
         something else} -> the settings of the copy"""
         source, folder = self.runs / self.run, self.runs / f"{self.run}_{name}"
-        worlds = [path / "wm.pt" for path in (source, folder)]
-        if folder.exists() and not (worlds[1].exists() and len({w.stat().st_mtime_ns for w in worlds}) == 1):
+        anew = tuple(f"{stage}_{self.task}" for stage in stages)
+
+        def others(folder):
+            return {p.name: p.stat().st_mtime_ns for p in folder.glob("*.pt") if not p.name.startswith(anew)}
+
+        if folder.exists() and others(folder) != others(source):
             shutil.rmtree(folder)                           # of an older run of that name, or torn
         if not folder.exists():
-            copy_run(source, folder, [f"{stage}_{self.task}" for stage in stages])
+            copy_run(source, folder, anew)
         replaced = f"   # and with another {', '.join(change)}, which no flag gives" if change else ""
         with changed(change or {}):
             for stage in stages:
@@ -73,7 +77,8 @@ class Lab:
         know of the change"""
         _, seeds = evaluate.start_seeds(cfg)
         seeds = [int(seeds[0]) + i for i in range(self.starts)]
-        groups = [seeds[i:i + 10] for i in range(0, len(seeds), 10)]
+        size = 10 if cfg.sim == "tabletop" else 1           # CALVIN's are one a process
+        groups = [seeds[i:i + size] for i in range(0, len(seeds), size)]
         print(f"  evaluating {policy} of {cfg.run} from {self.starts} start states", flush=True)
         with changed(change or {}):
             return evaluate.evaluation_job(dict(cfg=cfg, load_agent=diwa.load_agent, policy=policy,

@@ -134,6 +134,29 @@ def test_an_experiment_asks_for_predictions_and_compares_them(name, done, tmp_pa
     assert "write down first what you expect" in capsys.readouterr().out
 
 
+def test_a_variant_is_of_the_run_as_it_is(done, tmp_path, monkeypatch):
+    """Begun again it goes on; after the run cloned anew, it begins anew."""
+    folder = conftest.copy_run(done, tmp_path)
+    monkeypatch.setattr(lab.diwa, "main", lambda words: 0)
+    bench = lab.Lab(folder, "smoke", 2)
+    mark = folder / "smoke_other" / "mark"
+
+    def begun():
+        bench.variant("other", stages=["finetune"])
+        stays = mark.exists()
+        mark.touch()
+        return stays
+
+    assert [begun(), begun()] == [False, True]
+    (folder / "smoke_other" / "finetune_close_drawer.pt").touch()                         # its own work
+    assert begun()
+    path = folder / "smoke" / "bc_close_drawer.pt"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert not begun()
+
+
 def test_an_experiment_says_what_is_wrong(tmp_path, capsys):
     flags = ["--runs", str(tmp_path), "--run", "class"]
     assert lab.judge(FOLDER / "solutions" / "04_noise_schedule.py", flags) == 2
