@@ -318,11 +318,10 @@ def check(sim, names, n):
             done = success(name, episode["scene_obs"][0], episode["scene_obs"])
             if solved:
                 lengths.append(np.append(done, True).argmax())
-        if not lengths:
-            print(f"{name:20s}   0/{n}", flush=True)
-            continue
-        fast = np.array(lengths) < 72
-        text = f"{min(lengths):21d} {np.median(lengths):6.1f} {max(lengths):3d} {np.mean(fast):9.2f}"
+        text = ""
+        if lengths:
+            fast = np.mean(np.array(lengths) < 72)
+            text = f"{min(lengths):21d} {np.median(lengths):6.1f} {max(lengths):3d} {fast:9.2f}"
         print(f"{name:20s} {len(lengths):3d}/{n:<3d} {text}", flush=True)
 
 
