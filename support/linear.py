@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from support.files import InputError
 
+FITTED_ON = 5000                                            # frames, at most
+
 
 class LinearCodec(nn.Module):
     """The closed-form linear autoencoder: principal components of the frames.  Distances between codes are
@@ -26,9 +28,9 @@ class LinearCodec(nn.Module):
         self.size = sum(self.sizes)
 
     def fit(self, dataset, seed):
-        """Learn both cameras' components from up to 5,000 frames of a recording, none of them held out."""
+        """Learn both cameras' components from up to FITTED_ON frames of a recording, none held out."""
         frames = np.concatenate([np.arange(a, b + 1) for a, b in dataset.split()[0]])
-        some = np.random.default_rng(seed).choice(frames, min(5000, len(frames)), replace=False)
+        some = np.random.default_rng(seed).choice(frames, min(FITTED_ON, len(frames)), replace=False)
         for name in ("static", "gripper"):
             frames = torch.from_numpy(dataset[f"rgb_{name}"][np.sort(some)])
             self.fit_camera(name, frames.to(self.static_mean.device))

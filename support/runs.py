@@ -39,6 +39,7 @@ from data import Dataset, Recording, frame_bytes
 from support import calvin_real, parallel, report
 from support.files import ELSEWHERE, InputError, write_atomic, writing
 from support.fingerprint import code_of, definitions
+from support.linear import FITTED_ON
 from support.presets import BY_SIMULATOR, PRESETS
 
 STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a task?)
@@ -904,8 +905,9 @@ def check_config(cfg):
                          f"choose --task {', '.join(tasks)}, or all")
     known(cfg.task, [*tasks, "all"], "task")
     if cfg.policy and (cfg.stage != "eval" or cfg.sim == "none"):
+        simulator = " --sim tabletop" if cfg.sim == "none" else ""
         raise InputError(f"--policy {cfg.policy} is for --stage eval in a simulator: "
-                         f"give --stage eval --sim tabletop --policy {cfg.policy}")
+                         f"give --stage eval{simulator} --policy {cfg.policy}")
     if cfg.policy and cfg.policy not in ("bc", "tuned", "online") and not cfg.policy.isdecimal():
         raise InputError(f"--policy {cfg.policy} is unknown: give bc, tuned, online or the iteration of a "
                          "snapshot")
@@ -929,7 +931,7 @@ def check_config(cfg):
         raise InputError(f"--wm_encoder conv is built for 64x64 frames, not --image_size {cfg.image_size}: "
                          "use --wm_encoder linear")
     frames = len(given) if given else max(10, cfg.play_frames // cfg.play_episode) * cfg.play_episode
-    most = min(3 * cfg.image_size ** 2, 5000, frames - frames // 10)       # of those that are not held out
+    most = min(3 * cfg.image_size ** 2, FITTED_ON, frames - frames // 10)    # one in ten is held out
     if cfg.wm_encoder == "linear" and cfg.wm_codes > most:
         raise InputError(f"--wm_codes {cfg.wm_codes} is more than {frames} frames of {cfg.image_size} px "
                          f"have: give at most {most}")
