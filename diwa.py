@@ -22,10 +22,10 @@ Symbols
 
 Where this file departs from the papers, on purpose: dreams start amid attempts, too; practice is short, at
 ten times the learning rate, ends before PPO exploits the model's errors, and what acts is a moving average of
-its weights; rewards are not scaled; a step of the world model spans two control steps; its transition is told
-the commanded pose, its features must tell pose and scene; each dream misplaces the arm by millimetres; a
-reward needs two verdicts in a row; the preset `cpu` has linear codes, Gaussian latents; the prior also learns
-open loop, as a dream uses it; the classifier compares with the first feature, because CALVIN's rules do.
+its weights; rewards are not scaled; a step of the model spans two control steps, its transition is told the
+commanded pose, its features tell pose and scene; inputs are noisy; each dream misplaces the arm by
+millimetres; a reward needs two verdicts in a row; linear codes and Gaussian latents (`cpu`); the prior also
+learns open loop, as a dream uses it; the classifier compares with the first feature, as CALVIN's rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
 """
 import copy
