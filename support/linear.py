@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support.files import InputError
 
 FITTED_ON = 5000                                            # frames, at most
+AT_ONCE = 250                                               # frames: more leave the cache and take twice the time
 
 
 class LinearCodec(nn.Module):
@@ -50,9 +51,11 @@ class LinearCodec(nn.Module):
     def encode(self, static, gripper):
         """u8 frames [..., S, S, 3] of both cameras -> codes [..., size], in units of the pixels (-1..1)."""
         codes = []
-        for name, x in (("static", static), ("gripper", gripper)):
-            x = (x.flatten(-3).float() / 127.5 - 1) - getattr(self, f"{name}_mean")
-            codes.append(x @ getattr(self, f"{name}_basis"))
+        for name, frames in (("static", static), ("gripper", gripper)):
+            mean, basis = getattr(self, f"{name}_mean"), getattr(self, f"{name}_basis")
+            pieces = frames.reshape(-1, self.pixels).split(AT_ONCE)
+            parts = [((x.float() / 127.5 - 1) - mean) @ basis for x in pieces]            # [n, k] each
+            codes.append(torch.cat(parts).reshape(*frames.shape[:-3], -1))
         return torch.cat(codes, -1)                                                       # [..., size]
 
     def codes_of(self, obs):
