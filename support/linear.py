@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.files import InputError
 
 FITTED_ON = 5000                                            # frames, at most
-AT_ONCE = 250                                               # frames: more leave the cache and take twice the time
+AT_ONCE = 250                                               # frames: more leave the cache, twice the time
 
 
 class LinearCodec(nn.Module):

@@ -2,9 +2,7 @@
 
 PRESETS = {
     "cpu": {},
-    "gpu": dict(
-        wm_encoder="conv", wm_depth=32, wm_latent="categorical", wm_z=32, wm_h=512, wm_hidden=512,
-        wm_embed=512, wm_updates=5000, wm_lr=6e-4, bc_hidden=512, ft_dreams=256),
+    "gpu": dict(wm_encoder="conv", wm_depth=16, wm_updates=5000),
     "paper": dict(
         play_frames=500_000, wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000,
         wm_embed=1024, wm_updates=2_000_000, wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4,

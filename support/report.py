@@ -684,6 +684,17 @@ HEALTHY = {  # (stage, metric): a little wider than where the runs in docs/resul
 }
 
 
+OF_CODES = {("wm", "image"), ("wm", "open_image"), ("wm", "norm")}
+
+
+def healthy_terms(encoder):
+    """The terms with a range -> [(stage, metric)]
+
+    Convolutions' image loss counts every pixel, that of linear codes what their components span: the ranges
+    of these terms are of linear codes."""
+    return [key for key in HEALTHY if encoder == "linear" or key not in OF_CODES]
+
+
 def end_of(values):
     """Where a curve ends: the mean of its last tenth."""
     return float(np.mean(values[-max(1, len(values) // 10):]))

@@ -501,7 +501,7 @@ def test_a_simulator_that_dies_is_one_sentence():
 
 
 def test_a_gpu_gets_the_same_preset(monkeypatch, tmp_path):
-    """Convolutions (`--preset gpu`) are not as good yet, so whoever has CUDA must ask for them."""
+    """Convolutions (`--preset gpu`) cost more and are no better, so whoever has CUDA must ask."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     words = ["--runs", str(tmp_path)]
