@@ -22,7 +22,7 @@ import calvin_sim
 import data
 import diwa
 from data import InputError
-from support import runs
+from support import linear, runs
 
 FEATURE = 11                                                # size of the made-up features
 
@@ -991,6 +991,21 @@ def test_linear_codec_is_an_autoencoder():
     distance = (codes[0] - codes[5]).square().sum()
     torch.testing.assert_close(distance, 2 * (x[0] - x[5]).square().sum(), atol=1e-2, rtol=1e-4)
     assert codec.whiten(codes).isfinite().all()
+
+
+def test_frames_are_encoded_in_pieces():
+    """More frames than are taken at once, windows of them and a single one have the codes that they have one
+    by one."""
+    codec = diwa.LinearCodec(tiny(image_size=16, wm_codes=40))
+    frames = torch.randint(0, 255, (2, 150, 16, 16, 3), dtype=torch.uint8)
+    assert frames[..., 0, 0, 0].numel() > linear.AT_ONCE
+    for name in ("static", "gripper"):
+        codec.fit_camera(name, frames.flatten(0, 1))
+    codes = codec.encode(frames, frames.flip(1))
+    for i, t in ((0, 0), (1, 100), (1, 149)):
+        alone = codec.encode(frames[i, t], frames.flip(1)[i, t])
+        torch.testing.assert_close(codes[i, t], alone, atol=1e-4, rtol=1e-4)
+    assert codes.shape == (2, 150, 60) and alone.shape == (60,)
 
 
 def test_components_are_fitted_without_held_out_frames():
