@@ -307,11 +307,15 @@ def test_the_rows_we_keep_are_healthy():
     folder = ROOT / "docs" / "results"
     paths = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))]
     rows = [json.loads(path.read_text()) for path in paths]
-    ends = [row["ends"] for row in rows if "ends" in row]
-    assert len(ends) >= 6
+    rows = [row for row in rows if "ends" in row]
+    assert len(rows) >= 6
+    for row in rows:
+        settings = dict(diwa.PRESETS[row["preset"]], **row.get("changed", {}))
+        terms = report.healthy_terms(settings.get("wm_encoder", "linear"))
+        assert set(row["ends"]) == {".".join(term) for term in terms}, (row["seed"], row["task"])
     text = (ROOT / "docs" / "RESULTS.md").read_text()
     assert all(line in text for line in report.ranges(rows)), "the table of ranges is what --ranges prints"
     for (stage, metric), (low, high, _) in report.HEALTHY.items():
-        values = [end[f"{stage}.{metric}"] for end in ends if f"{stage}.{metric}" in end]
+        values = [r["ends"][f"{stage}.{metric}"] for r in rows if f"{stage}.{metric}" in r["ends"]]
         assert low <= min(values) and max(values) <= high, (stage, metric, min(values), max(values))
         assert max(values) - min(values) > (high - low) / 5, (stage, metric, min(values), max(values))
