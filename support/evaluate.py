@@ -13,7 +13,7 @@ import calvin_sim
 from data import Recording
 from support import report
 from support.files import write_atomic
-from support.runs import (STAGES, apart, changed_settings, first_seed, in_processes, load, load_file,
+from support.runs import (PIPELINE, apart, changed_settings, first_seed, in_processes, load, load_file,
                           load_heldout, make_sim, origin, output, read_log, seed_everything, sim_of, versions)
 
 
@@ -254,12 +254,12 @@ def write_report(cfg, load_agent):
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
     strip = report.dream_strip(truth, watched, imagined, score)
     report.gif(folder / f"dream_{cfg.task}.gif", strip, 2, cfg.wm_stride)
-    logs = {key: read_log(cfg, *key) for key in report.healthy_terms(cfg.wm_encoder)}
+    logs = {key: read_log(cfg, *key) for key in report.healthy_terms(cfg.wm_encoder, cfg.reward_labels)}
     logs = {key: curve for key, curve in logs.items() if curve[1]}
     report.health(folder / f"health_{cfg.task}.png", cfg.task, logs)
     ends = {".".join(key): report.end_of(values) for key, (_, values) in logs.items()}
     minutes = {}
-    for stage in STAGES:
+    for stage in PIPELINE:                                  # what a rival took is its own report's
         if values := read_log(cfg, stage, "minutes")[1]:
             minutes[stage] = values[-1]
     heldout = load_heldout(cfg)

@@ -219,6 +219,7 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
     half = [0, 1] * 20
     rows = [row(0, {}, half, half, 0.75), row(1, {}, half, [1] * 40, 1.0),
             row(0, dict(ft_bc=0.0, bc_net="unet"), [0] * 40, [1] * 40, 0.9)]
+    rows[0]["minutes"]["online"] = 9.0                      # a rival's, in the same folder: no part of it
     default, variant = (line.strip("| ").split(" | ") for line in report.ablations(rows)[2:])
     assert default[:3] == ["nothing", "2", "80"] and default[5:] == ["-", "+12", "4"]
     assert variant[0] == "`--ft_bc 0.0 --bc_net unet`" and variant[3].startswith("0 %")
@@ -278,9 +279,16 @@ def test_ranges_are_read_from_rows():
 
 def test_convolutions_have_no_range_of_an_image_loss():
     """It counts every pixel: healthy runs of the preset gpu end at twice that of linear codes."""
-    convolutions = report.healthy_terms("conv")
+    convolutions = report.healthy_terms("conv", "unlabelled")
     assert ("wm", "kl") in convolutions and ("wm", "image") not in convolutions
-    assert report.healthy_terms("linear") == list(report.HEALTHY)
+    assert report.healthy_terms("linear", "unlabelled") == list(report.HEALTHY)
+
+
+def test_a_reward_by_rule_has_no_losses():
+    """`--reward_labels state` trains no classifier; the log may still hold the losses of an earlier one."""
+    kept = report.healthy_terms("linear", "state")
+    gone = [term for term in report.HEALTHY if term not in kept]
+    assert gone == [("reward", "contrast"), ("reward", "entropy")]
 
 
 def test_a_term_outside_its_range_is_named():
@@ -311,7 +319,7 @@ def test_the_rows_we_keep_are_healthy():
     assert len(rows) >= 6
     for row in rows:
         settings = dict(diwa.PRESETS[row["preset"]], **row.get("changed", {}))
-        terms = report.healthy_terms(settings.get("wm_encoder", "linear"))
+        terms = report.healthy_terms(settings.get("wm_encoder", "linear"), row["labels"])
         assert set(row["ends"]) == {".".join(term) for term in terms}, (row["seed"], row["task"])
     text = (ROOT / "docs" / "RESULTS.md").read_text()
     assert all(line in text for line in report.ranges(rows)), "the table of ranges is what --ranges prints"
