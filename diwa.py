@@ -519,45 +519,44 @@ class MLPDenoiser(nn.Module):
         return self.last(y).view_as(x)
 
 class FiLMBlock(nn.Module):
-    """Two convolutions over the chunk; time and feature scale and shift the channels between them."""
-    def __init__(self, a, b, condition):
+    """Two convolutions over the chunk, the channels between them scaled and shifted by film [N, 2 b]."""
+    def __init__(self, a, b):
         super().__init__()
         def conv(i, o):
             return nn.Sequential(nn.Conv1d(i, o, 5, padding=2), nn.GroupNorm(8, o), nn.Mish())
         self.c1 = conv(a, b)
         self.c2 = conv(b, b)
-        self.film = nn.Sequential(nn.Mish(), nn.Linear(condition, 2 * b))
         self.skip = nn.Conv1d(a, b, 1) if a != b else nn.Identity()
 
-    def forward(self, x, condition):
-        scale, shift = self.film(condition)[..., None].chunk(2, 1)                        # [N, b, 1] each
+    def forward(self, x, film):
+        scale, shift = film[..., None].chunk(2, 1)                                        # [N, b, 1] each
         return self.c2(self.c1(x) * (1 + scale) + shift) + self.skip(x)
 
 class UNetDenoiser(nn.Module):
     """A 1-D convolutional UNet over the chunk's time axis, channels 64, 128, 256 (Diffusion Policy)."""
     def __init__(self, cfg, feature_size):
         super().__init__()
-        c = TIME + feature_size
         n = (64, 128, 256)
-        self.time = TimeEmbedding()
-        self.down = nn.ModuleList([FiLMBlock(a, b, c) for a, b in ((ACTION, n[0]), n[:2], n[1:])])
+        # Each of the five blocks has its film, scales and shifts: a sum of what time and feature say to it
+        self.films = [2 * b for b in (*n, n[1], n[0])]
+        self.time = nn.Sequential(TimeEmbedding(), nn.Mish(), nn.Linear(TIME, sum(self.films)))
+        self.see = nn.Sequential(nn.Mish(), nn.Linear(feature_size, sum(self.films), bias=False))
+        self.down = nn.ModuleList([FiLMBlock(a, b) for a, b in ((ACTION, n[0]), n[:2], n[1:])])
         self.halve = nn.ModuleList([nn.Conv1d(n[0], n[0], 3, 2, 1), nn.Conv1d(n[1], n[1], 3, 2, 1)])
-        self.up = nn.ModuleList([FiLMBlock(2 * n[1], n[1], c), FiLMBlock(2 * n[0], n[0], c)])
+        self.up = nn.ModuleList([FiLMBlock(2 * n[1], n[1]), FiLMBlock(2 * n[0], n[0])])
         self.widen = nn.ModuleList([nn.ConvTranspose1d(n[2], n[1], 4, 2, 1),
                                     nn.ConvTranspose1d(n[1], n[0], 4, 2, 1)])
         self.last = nn.Conv1d(n[0], ACTION, 1)
-        self.see = nn.Identity()                            # each block looks at the feature itself
 
-    def forward(self, x, t, feature):
+    def forward(self, x, t, seen):
         rows = x.shape[:-2]
-        condition = torch.cat([self.time(t).expand(*rows, -1), feature.expand(*rows, -1)], -1)
-        condition = condition.flatten(0, -2)                                              # [N, TIME + D]
+        film = (self.time(t) + seen).expand(*rows, -1).flatten(0, -2).split(self.films, 1)
         x = x.flatten(0, -3).transpose(1, 2)                                              # [N, A, H]
-        a = self.down[0](x, condition)                                                    # [N, 64, H]
-        b = self.down[1](self.halve[0](a), condition)                                     # [N, 128, H/2]
-        x = self.down[2](self.halve[1](b), condition)                                     # [N, 256, H/4]
-        x = self.up[0](torch.cat([self.widen[0](x), b], 1), condition)
-        x = self.up[1](torch.cat([self.widen[1](x), a], 1), condition)
+        a = self.down[0](x, film[0])                                                      # [N, 64, H]
+        b = self.down[1](self.halve[0](a), film[1])                                       # [N, 128, H/2]
+        x = self.down[2](self.halve[1](b), film[2])                                       # [N, 256, H/4]
+        x = self.up[0](torch.cat([self.widen[0](x), b], 1), film[3])
+        x = self.up[1](torch.cat([self.widen[1](x), a], 1), film[4])
         return self.last(x).transpose(1, 2).unflatten(0, rows)                            # [..., H, A]
 
 def gaussian_logprob(x, mean, std):

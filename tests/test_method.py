@@ -220,6 +220,25 @@ def test_denoiser_shapes(net, H):
     assert actor.sample_chain(f).shape == (3, 11, H, 7)
 
 
+def test_film_scales_and_shifts_each_block():
+    """A block's channels become y (1 + scale) + shift; the UNet cuts what time and feature say into its five
+    blocks' parts, the first half of each the scales."""
+    block = diwa.FiLMBlock(7, 16)
+    x, scale, shift = torch.randn(3, 7, 4), torch.randn(3, 16), torch.randn(3, 16)
+    by_hand = block.c2(block.c1(x) * (1 + scale[..., None]) + shift[..., None]) + block.skip(x)
+    torch.testing.assert_close(block(x, torch.cat([scale, shift], 1)), by_hand)
+    net = diwa.UNetDenoiser(tiny(), FEATURE)
+    given = {}
+    for name, block in net.named_modules():
+        if isinstance(block, diwa.FiLMBlock):
+            block.register_forward_pre_hook(lambda _, args, name=name: given.update({name: args[1]}))
+    t, feature = torch.tensor([0, 5, 19]), torch.randn(3, FEATURE)
+    net(torch.randn(3, 4, 7), t, net.see(feature))
+    widths = {name: film.shape[1] for name, film in given.items()}
+    assert widths == {"down.0": 128, "down.1": 256, "down.2": 512, "up.0": 256, "up.1": 128}
+    torch.testing.assert_close(torch.cat(list(given.values()), 1), net.time(t) + net.see(feature))
+
+
 def test_unet_refuses_odd_chunks():
     """The UNet halves the chunk twice; a chunk of 6 must be refused in words."""
     with pytest.raises(InputError, match="bc_chunk"):
