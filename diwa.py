@@ -550,7 +550,8 @@ class UNetDenoiser(nn.Module):
 
     def forward(self, x, t, seen):
         rows = x.shape[:-2]
-        film = (self.time(t) + seen).expand(*rows, -1).flatten(0, -2).split(self.films, 1)
+        film = (self.time(t) + seen).expand(*rows, -1).flatten(0, -2)                     # [N, sum(films)]
+        film = film.split(self.films, 1)                                                  # [N, 2 b] each
         x = x.flatten(0, -3).transpose(1, 2)                                              # [N, A, H]
         a = self.down[0](x, film[0])                                                      # [N, 64, H]
         b = self.down[1](self.halve[0](a), film[1])                                       # [N, 128, H/2]
