@@ -254,7 +254,7 @@ def write_report(cfg, load_agent):
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
     strip = report.dream_strip(truth, watched, imagined, score)
     report.gif(folder / f"dream_{cfg.task}.gif", strip, 2, cfg.wm_stride)
-    logs = {key: read_log(cfg, *key) for key in report.healthy_terms(cfg.wm_encoder, cfg.reward_labels)}
+    logs = {key: read_log(cfg, *key) for key in report.healthy_terms(cfg.wm_encoder)}
     logs = {key: curve for key, curve in logs.items() if curve[1]}
     report.health(folder / f"health_{cfg.task}.png", cfg.task, logs)
     ends = {".".join(key): report.end_of(values) for key, (_, values) in logs.items()}

@@ -691,18 +691,12 @@ HEALTHY = {  # (stage, metric): a little wider than where the runs in docs/resul
 OF_CODES = {("wm", "image"), ("wm", "open_image"), ("wm", "norm")}
 
 
-def healthy_terms(encoder, labels):
+def healthy_terms(encoder):
     """The terms with a range -> [(stage, metric)]
 
     Convolutions' image loss counts every pixel, that of linear codes what their components span: the ranges
-    of these terms are of linear codes.  A rule on the decoded scene is not trained: in the log of a run that
-    changed to it are still the losses of the classifier that it had."""
-    terms = list(HEALTHY)
-    if encoder != "linear":
-        terms = [term for term in terms if term not in OF_CODES]
-    if labels == "state":
-        terms = [term for term in terms if term[0] != "reward"]
-    return terms
+    of these terms are of linear codes."""
+    return [term for term in HEALTHY if encoder == "linear" or term not in OF_CODES]
 
 
 def end_of(values):

@@ -462,17 +462,23 @@ def partial_path(cfg, stage):
     return path.with_name(path.stem + ".partial.pt")
 
 
+def saved_work(cfg, stage):
+    """What a killed run of the same settings had saved -> (its number of updates, {name: state})"""
+    partial = partial_path(cfg, stage)
+    content = load_file(partial, cfg.device) if partial.exists() else {}
+    if content.get("origin") != origin(cfg, stage):
+        return 0, {}
+    return content["done"], content["state"]
+
+
 def restore(cfg, stage, state):
     """Put what a killed run had saved back into state, as Updates takes it.
 
     -> the number of updates that it had done, 0 if there is nothing"""
-    partial = partial_path(cfg, stage)
-    content = load_file(partial, cfg.device) if partial.exists() else {}
-    if content.get("origin") != origin(cfg, stage):
-        return 0
-    for name, kept in content["state"].items():
+    done, saved = saved_work(cfg, stage)
+    for name, kept in saved.items():
         state[name].load_state_dict(kept)
-    return content["done"]
+    return done
 
 
 def first_seed(cfg, purpose, task=None):
@@ -533,7 +539,7 @@ class Updates:
         if done := restore(cfg, stage, self.state):
             print(f"  {stage} resumes at {done:,} of {self.total:,}")
         others = parallel.rank() > 0                        # of several processes only the first writes
-        write = None if others else Log(cfg, stage, done)
+        write = None if others else Log(cfg, stage)
         progress = Progress(stage, self.total, done)
         while done < self.total:                            # a loop that has had enough lowers it
             rng = seed_everything(*key, done)
@@ -640,7 +646,7 @@ class Progress:
 class Log:
     """runs/<name>/log.csv, long format: stage, task, step, metric, value.
 
-    Rows of a stage that is done again are replaced.
+    Rows of a stage that is done again are replaced: those after the step where it begins, `first`, are cut.
 
     Several tasks may be at work in one folder, so whoever writes holds the log's lock."""
 
@@ -700,13 +706,14 @@ def run_stage(cfg, stage, work):
     with alone(path, stage):
         remember(cfg)
         print(f"{stage}: writes {path}")
+        log = Log(cfg, stage, first=saved_work(cfg, stage)[0])
         Progress.stopwatch = watch = Stopwatch(cfg, stage)
         try:
             work(cfg)
         finally:
             Progress.stopwatch = None
         minutes = watch.stop()
-        Log(cfg, stage)(0, dict(minutes=minutes))
+        log(0, dict(minutes=minutes))
     print(f"{stage}: done in {minutes:.1f} min", flush=True)
 
 

@@ -279,16 +279,9 @@ def test_ranges_are_read_from_rows():
 
 def test_convolutions_have_no_range_of_an_image_loss():
     """It counts every pixel: healthy runs of the preset gpu end at twice that of linear codes."""
-    convolutions = report.healthy_terms("conv", "unlabelled")
+    convolutions = report.healthy_terms("conv")
     assert ("wm", "kl") in convolutions and ("wm", "image") not in convolutions
-    assert report.healthy_terms("linear", "unlabelled") == list(report.HEALTHY)
-
-
-def test_a_reward_by_rule_has_no_losses():
-    """`--reward_labels state` trains no classifier; the log may still hold the losses of an earlier one."""
-    kept = report.healthy_terms("linear", "state")
-    gone = [term for term in report.HEALTHY if term not in kept]
-    assert gone == [("reward", "contrast"), ("reward", "entropy")]
+    assert report.healthy_terms("linear") == list(report.HEALTHY)
 
 
 def test_a_term_outside_its_range_is_named():
@@ -319,7 +312,7 @@ def test_the_rows_we_keep_are_healthy():
     assert len(rows) >= 6
     for row in rows:
         settings = dict(diwa.PRESETS[row["preset"]], **row.get("changed", {}))
-        terms = report.healthy_terms(settings.get("wm_encoder", "linear"), row["labels"])
+        terms = report.healthy_terms(settings.get("wm_encoder", "linear"))
         assert set(row["ends"]) == {".".join(term) for term in terms}, (row["seed"], row["task"])
     text = (ROOT / "docs" / "RESULTS.md").read_text()
     assert all(line in text for line in report.ranges(rows)), "the table of ranges is what --ranges prints"

@@ -459,6 +459,24 @@ def test_a_simulator_brings_its_own_settings(tmp_path):
     assert settings("--run", "old", "--sim", "calvin") == (0, "unlabelled")
 
 
+def test_the_log_of_a_stage_is_of_its_last_work(tmp_path):
+    """Other work cuts the rows of the earlier one, also where it logs none itself (--reward_labels state);
+    the same work, killed, goes on after the last row that it had saved."""
+    cfg = diwa.Config(runs=str(tmp_path), run="r")
+    (tmp_path / "r").mkdir()
+    for stage in ("play", "wm"):
+        for step in (20, 40):
+            runs.Log(cfg, stage)(step, dict(loss=1.0))
+    runs.save(runs.partial_path(cfg, "play"), dict(origin=runs.origin(cfg, "play"), done=20, state={}))
+    runs.run_stage(cfg, "play", lambda cfg: None)
+    assert runs.read_log(cfg, "play", "loss") == ([20], [1.0])
+    assert len(runs.read_log(cfg, "play", "minutes")[1]) == 1
+    cfg.play_frames += 250                                  # what was saved is of another recording
+    runs.run_stage(cfg, "play", lambda cfg: None)
+    assert runs.read_log(cfg, "play", "loss") == ([], [])
+    assert runs.read_log(cfg, "wm", "loss") == ([20, 40], [1.0, 1.0])
+
+
 def test_a_run_stays_with_its_simulator(tmp_path):
     """The default's run is runs/cpu in both, and CALVIN would get the tabletop's settings without a word."""
     def parsed(*flags):
