@@ -16,15 +16,15 @@ Symbols
     S side of an image    K denoising steps, K' of them fine-tuned    N any number of rows
     W windows of a recording, P moments out of all of them, M frames to start from
     h deterministic and z stochastic latent (z is drawn, the rest follows)    E size of an embedding
-    D size of the feature [h, z, c], 256 + 48 + 7 by default    target: the pose that the arm has been told
-    to reach, in m and rad    command c: the same in a network's units, and the last gripper command
+    D size of the feature [h, z, c], 256 + 48 + 7 on the tabletop    target: the pose that the arm has been
+    told to reach, in m and rad    command c: the same in a network's units, and the last gripper command
     action, 30 a second: dx dy dz (20 mm a unit), droll dpitch dyaw (.05 rad), gripper (-1 close, +1 open)
 
 Where this file departs from the papers, on purpose: dreams start amid attempts, too; practice is short, at
-ten times the learning rate, ends before PPO exploits the model's errors, and what acts is a moving average of
-its weights; rewards are not scaled; a step of the model spans two control steps, its transition is told the
-commanded pose, its features tell pose and scene; inputs are noisy; each dream misplaces the arm by
-millimetres; a reward needs two verdicts in a row; linear codes and Gaussian latents (`cpu`); the prior also
+ten times the learning rate, and ends before PPO exploits the model's errors; what acts is a moving average of
+its weights (tabletop); rewards are not scaled; a step of the model spans two control steps, its transition is
+told the commanded pose, its features tell pose and scene; inputs are noisy; dreams misplace the arm by
+millimetres; a reward needs two verdicts in a row; linear codes; Gaussian latents (tabletop); the prior also
 learns open loop, as a dream uses it; the classifier compares with the first feature, as CALVIN's rules do.
 Sources: DiWA arXiv 2508.03645; DPPO 2409.00588; DreamerV2 2010.02193; PPO 1707.06347; LUMOS 2503.10370.
 """
@@ -71,7 +71,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_updates: int = 7000          # gradient steps of the world model (paper: up to 2 M)
     reward_labels: str = "unlabelled"  # play fails; demos: no play (paper); predicate, strict, state: README
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
-    ft_bc: float = 0.05             # alpha_BC, pull to the cloned policy (paper: .05; ten demos: .01)
+    ft_bc: float = 0.05             # alpha_BC, the leash to the cloned policy (paper: .05; ten demos: .01)
     # play: task-agnostic interaction, the world model's only food
     play_episode: int = 250         # frames of one episode
     play_tasks: str = "all"         # what play tries, comma-separated (preset class: one fixture's two)
@@ -81,15 +81,15 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_encoder: str = "linear"      # conv (paper), or linear: principal components of the frames
     wm_codes: int = 256             # linear encoder: components of the static camera, half for the gripper's
     wm_depth: int = 48              # conv encoder: channels of the first layer (paper: 48)
-    wm_latent: str = "gaussian"     # gaussian, or categorical (paper) with --wm_z 16 --wm_classes 16
+    wm_latent: str = "gaussian"     # gaussian, or categorical: --wm_z 32 (paper), or 16 and --wm_classes 16
     wm_z: int = 48                  # latents: Gaussian dimensions or categorical variables (paper: 32)
     wm_classes: int = 32            # classes of a categorical latent (paper: 32)
     wm_h: int = 256                 # size of the deterministic state (paper: 1024)
     wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
     wm_embed: int = 256             # width of an embedding's image part; proprioception adds 15
     wm_octaves: int = 3             # sines of the commanded position, finest wavelength 4 cm (paper: 0)
-    wm_batch: int = 32              # sequences a batch (paper: 50)
-    wm_length: int = 20             # steps a sequence, wm_stride frames apart (paper: 50)
+    wm_batch: int = 32              # sequences per batch (paper: 50)
+    wm_length: int = 20             # steps per sequence, wm_stride frames apart (paper: 50)
     wm_lr: float = 1e-3             # AdamW's learning rate (paper: 3e-4)
     wm_lr_end: float = 0.1          # its end, as a share of it, along a cosine (paper: 1, constant)
     wm_bf16: int = 1                # bfloat16 where a device has it: learning, dreams (CUDA: convolutions)
@@ -97,14 +97,14 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_clip: float = 100.0          # global gradient norm (paper: 100)
     wm_kl: float = 0.3              # weight of the KL term (paper: 0.3; 16 x 16 categoricals: .1)
     wm_balance: float = 0.8         # share of the KL that trains the prior (paper: 0.8)
-    wm_free: float = 0.0            # free nats a step, DreamerV3 (paper: 0)
+    wm_free: float = 0.0            # free nats per step, DreamerV3 (paper: 0)
     wm_unimix: float = 0.01         # uniform share mixed into categoricals, DreamerV3 (paper: 0)
     wm_noise: float = 0.05          # noise std on whitened codes and commands, 3 x on actions (paper: 0)
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera, which has 3/4 of the variance (paper: 1)
     wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
-    wm_state: float = 100.0         # weight of the scene's state, paper's hybrid (0: pixels alone)
+    wm_state: float = 100.0         # weight of telling the scene's state, paper's hybrid (0: no such head)
     wm_inverse: float = 0.0         # weight of guessing the action between two embeddings (WAM; paper: 0)
     wm_heads: int = 0               # more priors, for ft_doubt: no dream follows them
     wm_decode: float = 0.25         # share of the frames that are decoded for the loss (paper: 1)
@@ -115,7 +115,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     bc_chunk: int = 4               # H, actions predicted at once, executed in turn (paper: 4)
     bc_steps: int = 20              # K, denoising steps (paper: 20)
     bc_updates: int = 4000          # gradient steps (paper: 5000 epochs)
-    bc_batch: int = 256             # chunks a batch (paper: 256)
+    bc_batch: int = 256             # chunks per batch (paper: 256)
     bc_lr: float = 5e-4             # AdamW, warm-up, cosine to a tenth (paper: 1e-4)
     bc_ema: float = 0.995           # moving average of the weights, which is what acts (paper: 0.995)
     # reward: the success classifier, section 4
@@ -127,7 +127,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     reward_play: float = 0.5        # weight of play's unlabelled (strict: solved) pairs in cross-entropy
     # ft: PPO in the dream, sections 5 and 6
     ft_dreams: int = 128            # parallel dreams (paper: 50)
-    ft_chunks: int = 18             # chunks a dream and iteration (paper: 36)
+    ft_chunks: int = 18             # chunks per dream and iteration, ft_horizon or more (paper: 36)
     ft_horizon: int = 18            # chunks until a dream is cut (paper: 18 = 72 steps)
     ft_starts: float = 0.75         # dreams start in this first part of a demonstration (0: first frame)
     ft_play: float = 0.06           # and in this share of play, most like one: by default two dreams of three
@@ -136,13 +136,13 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     ft_doubt: float = 0.0           # what a std of 1 among the wm_heads takes from each chunk's reward
     ft_steps: int = 10              # K', the last denoising steps, which are fine-tuned (paper: 10)
     ft_epochs: int = 5              # passes over each rollout (paper: 10)
-    ft_minibatches: int = 5         # a pass (paper: 1)
-    ft_actor_lr: float = 1e-4       # AdamW (paper: 1e-5)
-    ft_critic_lr: float = 1e-3      # AdamW (paper: 1e-3)
+    ft_minibatches: int = 5         # per pass (paper: 1)
+    ft_actor_lr: float = 1e-4       # AdamW, torch's decay of .01 (paper: 1e-5)
+    ft_critic_lr: float = 1e-3      # the same (paper: 1e-3)
     ft_warmup: int = 2              # iterations that train the critic only
-    ft_gamma: float = 0.98          # discount a chunk: haste pays, for there is a time limit (paper: .999)
+    ft_gamma: float = 0.98          # discount per chunk: haste pays, for there is a time limit (paper: .999)
     ft_lambda: float = 0.95         # GAE (paper: .95)
-    ft_gamma_denoise: float = 0.99  # discount a denoising step (paper: .99)
+    ft_gamma_denoise: float = 0.99  # discount per denoising step (paper: .99)
     ft_clip: float = 0.03           # clip range at the last denoising step (paper: .01)
     ft_clip_first: float = 0.003    # clip range at the noisiest fine-tuned step (paper: .001)
     ft_std: float = 0.1             # floor of the sampling std and of the log-prob std (paper: .1)
@@ -163,7 +163,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
 #        h_t  = GRU(h_{t-1}, [z_{t-1}, a_{t-1}, c_t])  what has happened
 #        z^_t ~ prior(h_t)                             what the frame should look like    <- dreams use this
 #        z_t  ~ posterior(h_t, embedding of frame t)   what it does look like             <- robots use this
-#        frame_t ~ decoder(h_t, z_t, c_t)              and the robot's own pose ~ pose_head(h_t, z_t, c_t)
+#        frame_t ~ decoder(h_t, z_t, c_t)              and robot_obs [15] ~ pose_head(h_t, z_t, c_t)
 #
 #    The command c_t is the pose that the arm has been told to reach once a_{t-1} was added to it: the action
 #    says how it moves, the command where to.  A step of the model is wm_stride control steps, with all their
@@ -479,12 +479,12 @@ def world_model_loss(wm, batch, cfg):
 #    demonstrated chunk.  For PPO (section 6) each of the last K' steps is a Gaussian whose log-density we can
 #    write down; that is the whole trick of DPPO.  The paper counts steps k = K..1, the code t = k - 1:
 #
-#        paper's k     code's t      turns           into          net    std, practising   std, on the robot
+#        paper's k     code's t      turns           into          net    std, explore         std, else
 #        K ... K'+1    K-1 ... K'    noise           chain[0]      base   max(sigma, ft_std)    sigma
 #        K' ... 2      K'-1 ... 1    chain[K'-1-t]   chain[K'-t]   net    max(sigma, ft_std)    sigma
 #        1             0             chain[K'-1]     chain[K']     net    ft_std                0
 #
-#    The log-probability uses the practice's std.  With K = 20 sigma is .076 or more at t > 0, 1e-10 at t = 0:
+#    The log-probability uses explore's std.  With K = 20 sigma is .076 or more at t > 0, 1e-10 at t = 0:
 #    without the floor the last step would explore nothing, and its density be too sharp for a gradient.
 #    base is the cloned net, frozen; net is its copy that PPO trains; the arm gets chain[K'], clamped.
 
@@ -603,7 +603,7 @@ class DiffusionActor(nn.Module):
     @torch.no_grad()
     def sample_chain(self, feature, explore=True, frozen=False):
         """feature [B, D] -> chain [B, K'+1, H, A]: the first fine-tuned step's input, then each output.
-        Each step's noise: within 3 std.  explore: practice's stds, else a robot's.  frozen: base alone."""
+        Noise stays within 3 std.  explore: std ft_std or more, for PPO; else DDPM's.  frozen: base alone."""
         x = torch.randn(len(feature), self.cfg.bc_chunk, ACTION, device=feature.device)
         chain = [x] if self.ft_steps == self.K else []
         seen, seen_by_base = self.net.see(feature), self.base.see(feature)                # once a chain
@@ -717,7 +717,7 @@ class Classifier(nn.Module):
         return (self(first, feature)[1].argmax(-1) == 1).float()
 
 class DecodedRule(Classifier):
-    """No weights: the task's own rule, on the scene that the world model decodes (the paper's upper variant).
+    """No weights: the task's own rule, on the scene that the world model decodes (in the paper, too).
     Where the decoded scene is wrong, so is the reward."""
     def __init__(self, cfg, wm):
         nn.Module.__init__(self)                            # and the lambda keeps wm's weights out of it
@@ -726,14 +726,14 @@ class DecodedRule(Classifier):
 
     def forward(self, first, feature):
         done = torch.from_numpy(task_rule(self.task, self.scene(first), self.scene(feature)))
-        return None, 20.0 * F.one_hot(done.long().to(feature.device), 2)                  # quite sure
+        return None, 20.0 * F.one_hot(done.long().to(feature.device), 2)                  # softmax: 0 or 1
 
 def build_classifier(cfg, wm):
     model = DecodedRule(cfg, wm) if cfg.reward_labels == "state" else Classifier(cfg, wm.feature_size)
     return model.to(cfg.device)
 
 def nt_xent(embedding, label, tau):
-    """Supervised contrastive loss (Khosla et al. 2020, eq. 2): pull same-class embeddings together.
+    """The paper's NT-Xent, with labels (SupCon, 2004.11362, eq. 2): pull the embeddings of a class together.
     embedding [N, 64], label [N] -> scalar"""
     z = F.normalize(embedding, dim=-1)
     similarity = z @ z.T / tau                                                            # [N, N]
@@ -749,8 +749,8 @@ def classifier_loss(model, first, feature, label, weight, cfg):
     return contrast + cfg.reward_ce * entropy, dict(contrast=contrast, entropy=entropy)
 
 # 5  Dream ===================================================================================================
-#    A world model is an environment: reset() returns features, step() takes chunks.  Nothing here, or in the
-#    next section, touches a simulator.  A finished dream starts again from another recorded frame.
+#    A world model is an environment: reset() returns features, step() takes chunks.  No simulator here, and
+#    section 6 cannot tell which of the two it learns in.  A finished dream restarts from a recorded frame.
 
 class DreamEnv:
     """B imagined arms.  reset() -> feature [B, D]
@@ -775,8 +775,8 @@ class DreamEnv:
         state = dict(h=h, z=sample_latent(post, self.cfg), command=command, target=target)
         if self.cfg.ft_twice:
             state.update(h2=h, z2=sample_latent(post, self.cfg))
-        # In units of the command, 0.1 m; the feature's c is without, or the policy would correct for it.
-        # Zero where each target begins at the (shifted) arm: there the shifts would pile up
+        # In units of the command, 0.1 m.  Only the transition hears it: in the feature's c the policy would
+        # see it and correct it.  None where each target begins at the arm: there it would add up every step
         shift = self.wm.keeps_target * self.cfg.ft_shift / 0.1 * torch.randn(n, 3, device=h.device)
         shift = F.pad(shift, (0, ACTION - 3))                                             # [n, 7]
         return dict(state, first=feature_of(state), age=torch.zeros_like(h[:, 0]), shift=shift)
@@ -896,7 +896,7 @@ def ppo_loss(cfg, actor, critic, b):
     return policy + cfg.ft_value * value + cfg.ft_bc * anchor, metrics
 
 def ppo_iteration(cfg, env, actor, critic, *optimizers):
-    """All dreams begin anew, so no dream must be saved; learn.  optimizers: critic[, actor] -> metrics"""
+    """Practise from fresh starts (no dream is saved), then learn.  optimizers: critic[, actor] -> metrics"""
     roll = dream_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
     advantage, returns = gae(roll["reward"], roll["value"], roll["next_value"], roll["terminated"],
@@ -913,7 +913,7 @@ def ppo_iteration(cfg, env, actor, critic, *optimizers):
             history.append(metrics)
     out = {k: torch.stack([m[k].detach() for m in history]).mean() for k in history[0]}
     out["explained"] = 1 - (returns - roll["value"]).var() / (returns.var() + 1e-8)
-    first_end = over & (over.cumsum(0) == 1)                # a dream begun anew may have had no time to fail
+    first_end = over & (over.cumsum(0) == 1)                # a later attempt may have no time to fail
     out["dream_success"] = (roll["terminated"] & first_end).sum() / over.shape[1]
     return out
 
@@ -1056,7 +1056,7 @@ FAILURE, SUCCESS, UNLABELLED, ELSEWHERE = range(4)
 
 def reward_pairs(cfg, wm, recording, play, rng):
     """What the classifier learns from: moments of demonstrations and of play, each beside the first one of
-    its window.  -> first, feature [P, D], kind [P]"""
+    its window, or of any window where a rule labels play.  -> first, feature [P, D], kind [P]"""
     feature, first, frame, start = demonstration_features(cfg, wm, recording)
     success = torch.from_numpy(recording.success(cfg.task, start, frame)).to(cfg.device)
     if not success.any():
@@ -1094,7 +1094,7 @@ def learn_reward(cfg, wm, play):
     model = build_classifier(cfg, wm)
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.reward_lr)
     updates = Updates(cfg, "reward", cfg.reward_updates, dict(model=model, optimizer=optimizer), every=50)
-    for i, _ in updates:                                    # as many of each kind
+    for i, _ in updates:                                    # as many of each kind, however rare
         index = torch.cat([pool[torch.randint(0, len(pool), (128,), device=cfg.device)] for pool in pools])
         loss, metrics = classifier_loss(model, first[index], feature[index], label[index], weight[index], cfg)
         descend(loss, optimizer)
@@ -1120,8 +1120,8 @@ def stage_finetune(cfg):
 @torch.no_grad()
 def dream_starts(cfg, wm):
     """Recorded frames to dream from: the first part of each demonstration, and the play frames most like one
-    (ridge regression on embeddings: no label, no scene state).  The policy hardly fails in what it was cloned
-    from; play shows that anew, and arms that missed.  -> embedding [M, E], command [M, 7], target [M, 6]"""
+    (ridge regression on embeddings: no label, no scene state).  The clone hardly fails where demonstrations
+    begin; play adds other scenes and arms that missed.  -> embedding [M, E], command [M, 7], target [M, 6]"""
     demos, play = (Recording(cfg, load(cfg, stage)) for stage in ("demos", "play"))
     begin = [np.arange(a, a + 1 + int(cfg.ft_starts * (b - a))) for _, a, b in demos.ds.segments]
     def rows(recording, frames):                            # [n, E], [n, 7], [n, 6]
@@ -1160,7 +1160,7 @@ def finetune(cfg, env, actor, stage="finetune", rival=None):
     for i, _ in updates:
         learning = [critic_optimizer] if i < cfg.ft_warmup else [critic_optimizer, actor_optimizer]
         metrics = ppo_iteration(cfg, env, actor, critic, *learning)
-        ema_update(acting.net, actor.net, cfg.ft_ema, 9 * i)                 # decay about i / (i + 1): a mean
+        ema_update(acting.net, actor.net, cfg.ft_ema, 9 * i)    # decay i / (i + 1), a mean, until ft_ema
         if rival and rival.reached(actor, metrics):
             updates.total = i + 1
         updates.log(metrics)
@@ -1183,7 +1183,7 @@ def deploy(*flags):
     return load_agent(check_config(parse(flags, Config, PRESETS, "", "")), "tuned")
 
 def stage_eval(cfg):
-    """Before and after from the same start states: not before does the tuned policy meet a simulator."""
+    """Before and after from the same start states: here the tuned policy first meets a simulator."""
     (evaluate.one_policy if cfg.policy else evaluate.before_and_after)(cfg, load_agent)
 
 def stage_report(cfg):

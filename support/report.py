@@ -753,7 +753,8 @@ def health(path, task, logs):
 
 
 def curves(path, task, dream_log, evaluation, n_curve, trust):
-    """Dream success and simulator success over the iterations of fine-tuning; the gap is the lesson.
+    """Success over the iterations of fine-tuning: in the dream, exploring, from where practice starts, and in
+    the simulator, as a robot acts, from other starts.  They should rise together.
 
     Below: may the dream be believed?"""
     import matplotlib
