@@ -333,12 +333,12 @@ class WorldModel(nn.Module):
     def embed(self, obs):
         """obs: proprio [..., 15], and codes [..., k] or both frames u8 [..., S, S, 3] -> [..., E]"""
         if self.codec:
-            seen = self.blur(self.codec.whiten(self.codec.codes_of(obs)))
+            seen = self.add_noise(self.codec.whiten(self.codec.codes_of(obs)))
         else:
             seen = self.conv(obs["rgb_static"], obs["rgb_gripper"])
         return torch.cat([self.fuse(seen), obs["proprio"]], -1)
 
-    def blur(self, x, scale=1):
+    def add_noise(self, x, scale=1):
         """Noise while learning, or the model overfits: it passes over the same play again and again."""
         if not (self.training and self.cfg.wm_noise):
             return x
@@ -376,7 +376,7 @@ class WorldModel(nn.Module):
         B, T = action.shape[:2]
         streams = 1 if context is None else 2
         h, z = self.initial(streams * B, action.device)
-        moved = self.moved(self.blur(action, 3), self.blur(command)).repeat(streams, 1, 1)
+        moved = self.moved(self.add_noise(action, 3), self.add_noise(command)).repeat(streams, 1, 1)
         from_e = self.post_e(embedding)                     # what needs no recurrence, for all T at once
         steps = []
         for t in range(T):
@@ -674,19 +674,19 @@ def demonstration_features(cfg, wm, recording, offsets=7, draws=2):
     in windows that start every `offsets` frames, an odd number, so that even and odd moments take turns.
     Each is run watched and dreamed: the robot's policy sees the former, PPO's the latter, so both are learnt.
     -> feature, first feature of the same window [P, D], frame numbers [P], start frames [P]"""
-    starts = []                                             # first frame, and the last that counts
+    spans = []                                              # first frame, and the last that counts
     for _, a, b in recording.ds.segments:
         done = np.flatnonzero(recording.success(cfg.task, a, np.arange(a, b + 1)))
         last = min(b, a + done[0] + 4) if len(done) else b  # success shows in it and in four more frames
-        starts += [(start, last) for start in range(a, last - 3, offsets)]   # at least five frames
-    starts = np.array(starts)
-    length = int((starts[:, 1] - starts[:, 0]).max()) + 1
-    moments = starts[:, :1] + np.arange(0, length, cfg.wm_stride)                         # [W, T]
-    inside = moments <= starts[:, 1:]
+        spans += [(start, last) for start in range(a, last - 3, offsets)]   # at least five frames
+    spans = np.array(spans)
+    length = int((spans[:, 1] - spans[:, 0]).max()) + 1
+    moments = spans[:, :1] + np.arange(0, length, cfg.wm_stride)                          # [W, T]
+    inside = moments <= spans[:, 1:]
     parts = []
     for _ in range(draws):
-        watched, dreamed, frames = wm.watch_and_dream(recording, starts[:, 0], length, starts[:, 1])
-        begin = np.broadcast_to(starts[:, :1], frames.shape)
+        watched, dreamed, frames = wm.watch_and_dream(recording, spans[:, 0], length, spans[:, 1])
+        begin = np.broadcast_to(spans[:, :1], frames.shape)
         for f in (watched, dreamed):
             rows = torch.from_numpy(inside).to(f.device)
             parts.append((f[rows], f[:, :1].expand_as(f)[rows], frames[inside], begin[inside]))
@@ -864,7 +864,7 @@ def clip_schedule(cfg, steps, device):
     return cfg.ft_clip_first + (cfg.ft_clip - cfg.ft_clip_first) * (torch.exp(3 * x) - 1) / (math.exp(3) - 1)
 
 @torch.no_grad()
-def dream_rollout(cfg, env, actor, critic):
+def collect_rollout(cfg, env, actor, critic):
     """ft_chunks steps of every dream, from its start -> tensors [T, B, ...]"""
     feature = env.reset()
     rows = []
@@ -897,7 +897,7 @@ def ppo_loss(cfg, actor, critic, b):
 
 def ppo_iteration(cfg, env, actor, critic, *optimizers):
     """Practise from fresh starts (no dream is saved), then learn.  optimizers: critic[, actor] -> metrics"""
-    roll = dream_rollout(cfg, env, actor, critic)
+    roll = collect_rollout(cfg, env, actor, critic)
     over = roll["terminated"] | roll["truncated"]
     advantage, returns = gae(roll["reward"], roll["value"], roll["next_value"], roll["terminated"],
                              roll["truncated"], cfg.ft_gamma, cfg.ft_lambda)

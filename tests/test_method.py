@@ -1658,7 +1658,7 @@ def test_a_flicker_is_no_success():
 
 
 def test_rollout_of_the_policy():
-    """dream_rollout stores what was true when it was sampled: features in order, log-probs of the chain,
+    """collect_rollout stores what was true when it was sampled: features in order, log-probs of the chain,
     values of the true next feature."""
     cfg = tiny()
     wm = world(cfg)
@@ -1673,7 +1673,7 @@ def test_rollout_of_the_policy():
         return begin[0]
 
     env.reset = noted
-    roll = diwa.dream_rollout(cfg, env, actor, critic)
+    roll = diwa.collect_rollout(cfg, env, actor, critic)
     assert roll["feature"].shape == (5, 6, wm.feature_size)
     assert roll["chain"].shape == (5, 6, 11, 4, 7)
     assert roll["logprob"].shape == (5, 6, 10)
