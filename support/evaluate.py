@@ -242,7 +242,8 @@ def write_report(cfg, load_agent):
     if cfg.sim != "none" and not all(rollout_path(cfg, name).exists() for name in ("before", "after")):
         record_rollouts(cfg, load_agent, evaluation["results"])
     dream_log = read_log(cfg, "finetune", "dream_success")
-    report.curves(folder / f"curves_{cfg.task}.png", cfg.task, dream_log, evaluation, cfg.eval_curve, trust)
+    picture = folder / f"curves_{cfg.task}.png"
+    report.curves(picture, cfg.task, dream_log, evaluation, cfg.eval_curve, trust, cfg.sim != "none")
     agent = load_agent(cfg, "bc")
     wm = agent.wm
     source, (a, b) = shown_span(cfg)
@@ -254,7 +255,7 @@ def write_report(cfg, load_agent):
     watched, imagined = ([i[0].cpu().numpy() for i in wm.images(f)] for f in (seen, dreamed))
     strip = report.dream_strip(truth, watched, imagined, score)
     report.gif(folder / f"dream_{cfg.task}.gif", strip, 2, cfg.wm_stride)
-    logs = {key: read_log(cfg, *key) for key in report.healthy_terms(cfg.wm_encoder)}
+    logs = {key: read_log(cfg, *key) for key in report.healthy_terms(dataclasses.asdict(cfg))}
     logs = {key: curve for key, curve in logs.items() if curve[1]}
     report.health(folder / f"health_{cfg.task}.png", cfg.task, logs)
     ends = {".".join(key): report.end_of(values) for key, (_, values) in logs.items()}

@@ -457,28 +457,69 @@ def minutes_of(row):
     return sum(minutes for stage, minutes in row["minutes"].items() if stage != "online")
 
 
+def flags_of(row):
+    """The settings that a row's command names -> ((name, value), ...), or None of an older row"""
+    if "changed" not in row:
+        return None
+    source = dict(preset=row["preset"], sim=row["versions"].get("sim", "tabletop"))
+    named = {name: value for name, value in source.items() if value not in ("cpu", "tabletop")}
+    return tuple((named | row["changed"]).items())
+
+
+def spelled(flags):
+    return " ".join(f"--{name} {value}" for name, value in flags)
+
+
+def check_once(rows):
+    """Rows that are pooled are of one policy each, or n would count some start states twice."""
+    seen = set()
+    for row in rows:
+        place = row["task"], row["seed"]
+        if place in seen:
+            raise InputError(f"two rows of {place[0]}, seed {place[1]}, with the same settings, or of older "
+                             "versions: give one of them, a table pools seeds")
+        seen.add(place)
+
+
+def check_alike(rows):
+    """A table is of one recipe; older rows don't say how they were made."""
+    known = sorted({spelled(flags) for flags in map(flags_of, rows) if flags is not None})
+    if len(known) > 1:
+        raise InputError(f"these rows are of different settings, such as '{known[0]}' and '{known[1]}': "
+                         "give those of one, or give --ablations first, which keeps them apart")
+    check_once(rows)
+
+
 def ablations(rows):
-    """What a changed setting does: a line a variant, beside the default from the same start states."""
+    """What a changed setting does: a line a variant, beside the default from the same start states.
+
+    The default is what has the flags that all rows have, and no others."""
     for row in rows:
         if "changed" not in row:
             raise InputError(f"the row of {row['task']}, seed {row['seed']}, is of an older version and does "
                              "not say which settings it changed: make it anew with --stage report")
-    default = {(r["task"], r["seed"]): r["after"] for r in rows if not r["changed"]}
     variants = {}
     for row in rows:
-        flags = " ".join(f"--{name} {value}" for name, value in row["changed"].items())
-        variants.setdefault(flags, []).append(row)
+        variants.setdefault(flags_of(row), []).append(row)
+    common = set.intersection(*map(set, variants))
+    default = {}
+    for flags, group in variants.items():
+        check_once(group)
+        if set(flags) == common:
+            default = {(r["task"], r["seed"]): r["after"] for r in group}
     lines = ["| changed | rows | n | cloned | fine-tuned | difference from the default's, same start states "
              "| dream minus simulator, points | min |", "|---" * 8 + "|"]
-    for flags, group in sorted(variants.items()):           # "", the default, is the first
+    for flags in sorted(variants, key=lambda flags: (set(flags) != common, spelled(flags))):
+        group = variants[flags]
         cloned, tuned = (np.concatenate([r[key] for r in group]) for key in ("before", "after"))
-        beside = [(default.get((r["task"], r["seed"])), r["after"]) for r in group if flags]
+        others = group if set(flags) != common else []
+        beside = [(default.get((r["task"], r["seed"])), r["after"]) for r in others]
         beside = [(a, b) for a, b in beside if a]
         if any(len(a) != len(b) for a, b in beside):
-            raise InputError(f"rows of {flags} have other start states than the default's: give both the "
-                             "same --eval_episodes")
+            raise InputError(f"rows of {spelled(flags)} have other start states than the default's: "
+                             "give both the same --eval_episodes")
         cells = [
-            f"`{flags}`" if flags else "nothing",
+            f"`{spelled(flags)}`" if flags else "nothing",
             str(len(group)),
             str(len(cloned)),
             rate(cloned),
@@ -688,15 +729,24 @@ HEALTHY = {  # (stage, metric): a little wider than where the runs in docs/resul
 }
 
 
-OF_CODES = {("wm", "image"), ("wm", "open_image"), ("wm", "norm")}
+# With other settings than these a term means something else, and its range says nothing
+OF_CODES = dict(wm_encoder="linear")                        # convolutions count every pixel
+MEANT_WITH = {
+    ("wm", "image"): OF_CODES,
+    ("wm", "open_image"): OF_CODES,
+    ("wm", "norm"): OF_CODES,
+    ("bc", "loss"): dict(bc_actor="diffusion"),
+    ("finetune", "anchor"): dict(bc_actor="diffusion", ft_steps=10, ft_bc=0.05),
+}
 
 
-def healthy_terms(encoder):
-    """The terms with a range -> [(stage, metric)]
+def healthy_terms(settings):
+    """The terms whose range holds with these settings, {name: value} -> [(stage, metric)]"""
+    def holds(term):
+        wanted = MEANT_WITH.get(term, {})
+        return all(settings.get(name, value) == value for name, value in wanted.items())
 
-    Convolutions' image loss counts every pixel, that of linear codes what their components span: the ranges
-    of these terms are of linear codes."""
-    return [term for term in HEALTHY if encoder == "linear" or term not in OF_CODES]
+    return [term for term in HEALTHY if holds(term)]
 
 
 def end_of(values):
@@ -752,7 +802,7 @@ def health(path, task, logs):
     plt.close(figure)
 
 
-def curves(path, task, dream_log, evaluation, n_curve, trust):
+def curves(path, task, dream_log, evaluation, n_curve, trust, simulated):
     """Success over the iterations of fine-tuning: in the dream, exploring, from where practice starts, and in
     the simulator, as a robot acts, from other starts.  They should rise together.
 
@@ -764,12 +814,12 @@ def curves(path, task, dream_log, evaluation, n_curve, trust):
     before, after = ([r["success"] for r in evaluation["results"][p]] for p in ("bc", "tuned"))
     figure, axis = plt.subplots(figsize=(7, 4))
     online = evaluation.get("simulator_steps", 0)
-    label = f"practice, {practised_in(online)}" if online else "dream (exploring, its own classifier)"
+    label = f"practice, {practised_in(online)}" if online else "dream (exploring, its own reward)"
     axis.plot(*dream_log, color="tab:blue", label=label)
     steps = [int(k) for k in curve]
     rates = np.array(list(curve.values()))
     low, high = np.array([wilson(r * n_curve, n_curve) for r in rates]).reshape(-1, 2).T
-    if curve:                                               # without a simulator there is none
+    if curve:
         bars = [np.maximum(rates - low, 0), np.maximum(high - rates, 0)]
         label = f"simulator ({n_curve} other starts)"
         axis.errorbar(steps, rates, bars, color="tab:orange", marker="o", capsize=3, label=label)
@@ -778,7 +828,7 @@ def curves(path, task, dream_log, evaluation, n_curve, trust):
     label = f"fine-tuned, same starts: {percent(np.mean(after))}"
     axis.axhline(np.mean(after), color="black", ls="--", label=label)
     recognised, believed = trusted(trust)
-    axis.set(ylabel="success" if curve else "success believed in the dream", ylim=(0, 1.05), title=task)
+    axis.set(ylabel="success" if simulated else "success believed in the dream", ylim=(0, 1.05), title=task)
     axis.set_xlabel(
         f"PPO iteration {practised_in(online)}\n"
         f"(recorded attempts, dreamed again: successes recognised {recognised};\n"
@@ -826,7 +876,10 @@ def main(paths):
         paths = paths[1:] if kind else paths
         if not paths:
             raise InputError("give the rows of some runs: python -m support.report runs/*/result_*.json")
-        print("\n".join(kinds.get(kind, table)([read_row(Path(p)) for p in paths])))
+        rows = [read_row(Path(path)) for path in paths]
+        if kind not in ("--ranges", "--ablations"):
+            check_alike(rows)
+        print("\n".join(kinds.get(kind, table)(rows)))
     except (InputError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

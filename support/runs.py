@@ -374,7 +374,7 @@ def load(cfg, stage):
         whole = ", or --stage all" if stage in PIPELINE else ""
         raise InputError(f"{path} is missing: run --stage {stage} first{whole}")
     for name, (then, now) in other_settings(cfg, stage, found).items():
-        owner = next((s for s, (prefix, _, _) in STAGES.items() if name.startswith(prefix)), stage)
+        owner = next(other for other in STAGES if made_with_other(cfg, other, name))
         back = "the earlier --data" if name == "data" else f"--{name} {then}"
         raise InputError(f"{path} was made with {name}={then}, but the settings now say {name}={now}: "
                          f"run --stage {owner} again (or --stage all), or give {back}")
@@ -383,6 +383,12 @@ def load(cfg, stage):
     if stage == "play":
         return Dataset(path, cfg.data)                      # somebody's recording may have moved since
     return Dataset(path) if stage == "demos" else load_file(path, cfg.device)
+
+
+def made_with_other(cfg, stage, name):
+    """Is there a result of the stage that was made with another value of the setting `name`?"""
+    found = found_origin(cfg, stage)
+    return bool(found) and name in other_settings(cfg, stage, found)
 
 
 def outdated(cfg, stage, change):
@@ -861,7 +867,7 @@ CHOICES = {
     "bc_actor": ("diffusion", "gaussian"),
     "reward_labels": ("unlabelled", "demos", "predicate", "strict", "state"),
 }
-COUNTS = ("play_replay", "wm_octaves", "wm_heads", "ft_warmup", "eval_curve", "eval_official")
+COUNTS = ("play_replay", "wm_octaves", "ft_warmup", "eval_curve", "eval_official")
 POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_clip",
             "ft_clip_first")
 SHARES = ("wm_balance", "wm_lr_end", "bc_ema", "ft_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda",
@@ -871,11 +877,12 @@ RANGES = dict(  # lowest and highest; of all other numbers the whole ones start 
     **dict.fromkeys(POSITIVE, (1e-12, 1e30)),
     **dict.fromkeys(SHARES, (0, 1)),
     ft_twice=(0, 1),
-    ft_std=(0.055, 1e30),           # narrower, most densities would reach gaussian_logprob's upper clamp
+    ft_std=(0.055, 1e6),           # narrower, most densities would reach gaussian_logprob's upper clamp
     wm_bf16=(0, 1),
     wm_unimix=(0, 0.999),
     wm_decode=(1e-6, 1),
     seed=(0, 10 ** 9),
+    wm_heads=(0, 100),
     image_size=(8, 512),
     workers=(1, 256),
     wm_codes=(2, 10 ** 6),
@@ -892,7 +899,7 @@ def check_config(cfg):
     for field in dataclasses.fields(cfg):
         if field.type in (int, float):
             value = getattr(cfg, field.name)
-            low, high = RANGES.get(field.name, (1, 10 ** 9) if field.type is int else (0, 1e30))
+            low, high = RANGES.get(field.name, (1, 10 ** 9) if field.type is int else (0, 1e6))
             if not low <= value <= high:                    # a NaN is not, either
                 raise InputError(f"--{field.name} {value} is out of range: give {low:g} to {high:g}")
     if cfg.sim == "none" and not cfg.data:
@@ -942,7 +949,9 @@ def check_config(cfg):
     if cfg.wm_encoder == "linear" and cfg.wm_codes > most:
         raise InputError(f"--wm_codes {cfg.wm_codes} is more than {frames} frames of {cfg.image_size} px "
                          f"have: give at most {most}")
-    if not 1 <= cfg.ft_steps <= cfg.bc_steps:
+    if cfg.bc_actor == "gaussian" and cfg.bc_net == "unet":
+        raise InputError("--bc_net unet is a denoiser, and --bc_actor gaussian has none: give --bc_net mlp")
+    if cfg.bc_actor == "diffusion" and cfg.ft_steps > cfg.bc_steps:
         raise InputError(f"--ft_steps (K') must lie between 1 and --bc_steps (K = {cfg.bc_steps}), "
                          f"not {cfg.ft_steps}")
     if cfg.ft_iterations <= cfg.ft_warmup:
@@ -952,6 +961,9 @@ def check_config(cfg):
     if cfg.ft_minibatches > chunks:
         raise InputError(f"--ft_minibatches {cfg.ft_minibatches} is more than the {chunks} chunks of a "
                          "rollout (--ft_dreams x --ft_chunks): give fewer")
+    if cfg.ft_horizon > cfg.ft_chunks:
+        raise InputError(f"--ft_horizon {cfg.ft_horizon} would cut no dream, for all begin anew after "
+                         f"--ft_chunks {cfg.ft_chunks}: give --ft_horizon {cfg.ft_chunks}")
     window = (cfg.wm_length - 1) * cfg.wm_stride + 1
     if window > cfg.play_episode:
         raise InputError(f"--wm_length {cfg.wm_length} x --wm_stride {cfg.wm_stride} is a window of {window} "
@@ -966,9 +978,14 @@ def check_config(cfg):
     if cfg.bc_net == "unet" and cfg.bc_chunk % 4:
         raise InputError("--bc_net unet halves the chunk twice, so --bc_chunk must be a multiple of 4, "
                          f"not {cfg.bc_chunk}")
-    if cfg.reward_labels in ("predicate", "strict") and given and not given.has_scene:
-        raise InputError(f"--reward_labels {cfg.reward_labels} applies the task's rule to play, but "
-                         f"{cfg.data} has no scene state (scene_obs): give --reward_labels unlabelled")
+    asked = tasks if cfg.task == "all" else [cfg.task]
+    ruleless = [task for task in asked if task not in calvin_sim.TASKS]
+    lack = f"no rule of {ruleless[0]} is known" if ruleless else ""
+    if given and not given.has_scene:
+        lack = f"{cfg.data} has no scene state (scene_obs)"
+    if lack and cfg.reward_labels in ("predicate", "strict", "state"):
+        raise InputError(f"--reward_labels {cfg.reward_labels} asks the task's rule, but {lack}: "
+                         "give --reward_labels unlabelled")
     if cfg.reward_labels == "state" and not cfg.wm_state:
         raise InputError("--reward_labels state applies the task's rule to the scene that the world model "
                          "tells, and it tells none: give --wm_state 100")

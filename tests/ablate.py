@@ -60,6 +60,16 @@ def begin(runs, seed, variant):
             partial = copy.with_name(f".{path.name}.copy")  # renamed when whole: a kill leaves no half file
             shutil.copy2(path, partial)
             partial.replace(copy)
+    add_log(source / "log.csv", target / "log.csv")
+
+
+def add_log(source, target):
+    """What the default's log says of tasks that the variant's does not know: they came with a later call."""
+    rows = target.read_text().splitlines(keepends=True)
+    known = [row.split(",")[1:2] for row in rows]
+    with target.open("a") as log:
+        log.writelines(row for row in source.read_text().splitlines(keepends=True)
+                       if row.split(",")[1:2] not in known)
 
 
 def main():
@@ -71,11 +81,15 @@ def main():
                         help=f"some of: {' '.join(VARIANTS)}")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     given, flags = parser.parse_known_args()                # the rest goes to diwa.py, as of every run
+    for flag in ("--task", "--run", "--stage"):
+        if any(word.split("=")[0] == flag for word in flags):
+            parser.error(f"{flag} is set here for each row: give --tasks, --runs or --only")
     alone = dict(os.environ, OMP_NUM_THREADS="1")
     for variant, task in itertools.product(["", *given.only], given.tasks):
         run = folder(given.seed, variant)
         row = given.runs / run / f"result_{task}.json"
         if row.exists():
+            print(f"{row} is there")
             continue
         if variant:
             begin(given.runs, given.seed, variant)

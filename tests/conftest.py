@@ -20,7 +20,7 @@ from support import evaluate, report, runs
 TINY = ["--preset", "smoke", "--device", "cpu", "--task", "close_drawer", "--play_frames", "1000",
         "--play_episode", "100", "--play_replay", "1", "--demo_count", "4", "--wm_updates", "40",
         "--bc_updates", "20", "--reward_updates", "20", "--ft_iterations", "2", "--ft_chunks", "6",
-        "--eval_episodes", "4", "--eval_steps", "20", "--eval_curve", "2"]
+        "--ft_horizon", "6", "--eval_episodes", "4", "--eval_steps", "20", "--eval_curve", "2"]
 # and even less, for tests that go through all stages once more
 HASTY = ["--wm_updates", "4", "--bc_updates", "4", "--reward_updates", "4", "--eval_steps", "8"]
 

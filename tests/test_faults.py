@@ -347,7 +347,7 @@ def test_all_tasks_are_those_of_the_recording(recording, tmp_path):
     ("wm_lr", 0), ("wm_batch", 0), ("wm_length", 200), ("play_frames", 0), ("play_episode", 1),
     ("wm_stride", 0), ("ft_gamma", 1.5), ("bc_ema", -0.1), ("ft_std", 0.05), ("wm_decode", 0),
     ("reward_tau", 0), ("wm_h", 0), ("ft_horizon", 0), ("eval_curve", -1), ("ft_bc", "inf"),
-    ("wm_classes", 0),
+    ("wm_classes", 0), ("wm_heads", 101), ("ft_doubt", 1e7), ("wm_inverse", 1e7),
 ])
 def test_numbers_out_of_range_are_refused_before_any_work(flag, value, tmp_path, capsys):
     assert diwa.main([*TINY, "--runs", str(tmp_path), f"--{flag}", str(value)]) == 2
@@ -404,11 +404,24 @@ def test_labels_by_a_rule_need_scene_state(done, tmp_path, capsys):
     demos = data.Dataset(done / "smoke" / "demos_close_drawer")
     fields = [key for key in data.FIELDS if key != "scene_obs"]
     robot = pack_recording(tmp_path, play, demos, fields, ["pour_tea"])
-    flags = ["--data", str(robot), "--sim", "none", "--task", "pour_tea", "--reward_labels", "predicate"]
-    assert main(tmp_path, *flags) == 2
-    sentence(capsys, "--reward_labels unlabelled", "scene")
-    assert main(tmp_path, *flags[:-2], "--wm_state", "30") == 2
+    flags = ["--data", str(robot), "--sim", "none", "--task", "pour_tea"]
+    for labels in ("predicate", "strict", "state"):
+        assert main(tmp_path, *flags, "--reward_labels", labels) == 2
+        sentence(capsys, "--reward_labels unlabelled", "scene")
+    assert main(tmp_path, *flags, "--wm_state", "30") == 2
     sentence(capsys, "--wm_state 0", "scene")
+
+
+@pytest.mark.parametrize("labels", ["predicate", "strict", "state"])
+@pytest.mark.parametrize("task", ["pour_tea", "all"])
+def test_labels_by_a_rule_need_a_rule(done, tmp_path, capsys, labels, task):
+    """A task of one's own has none, although the recording tells the scene."""
+    play = data.Dataset(done / "smoke" / "play")
+    demos = data.Dataset(done / "smoke" / "demos_close_drawer")
+    robot = pack_recording(tmp_path, play, demos, data.FIELDS, ["close_drawer", "pour_tea"])
+    flags = ["--data", str(robot), "--sim", "none", "--wm_state", "100", "--reward_labels", labels]
+    assert main(tmp_path, *flags, "--task", task) == 2
+    sentence(capsys, "no rule of pour_tea", "--reward_labels unlabelled")
 
 
 def test_success_without_a_rule_is_a_segments_end(done, tmp_path):

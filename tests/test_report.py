@@ -1,5 +1,6 @@
 """What is printed about results: intervals against published values, the world model's judges on made-up
 dreams, and the README's own table."""
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -214,7 +215,7 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
     """Two seeds of the default, one of a variant: it is compared with its own seed's row alone."""
     def row(seed, changed, before, after, dream):
         return dict(task="turn_on_led", seed=seed, changed=changed, before=before, after=after, dream=dream,
-                    minutes=dict(wm=3.0, eval=1.0))
+                    minutes=dict(wm=3.0, eval=1.0), preset="cpu", versions=dict(sim="tabletop"))
 
     half = [0, 1] * 20
     rows = [row(0, {}, half, half, 0.75), row(1, {}, half, [1] * 40, 1.0),
@@ -231,6 +232,33 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
         report.ablations([dict(task="turn_on_led", seed=0)])
 
 
+    with pytest.raises(report.InputError, match="two rows of turn_on_led, seed 0"):
+        report.ablations([*rows, rows[0]])
+    # Flags that all rows have are the default's, too; those of another preset or simulator are a variant
+    for one in rows:
+        one["changed"] = dict(ft_dreams=8, **one["changed"])
+    default, variant = (line.strip("| ").split(" | ") for line in report.ablations(rows)[2:])
+    assert default[0] == "`--ft_dreams 8`" and default[5] == "-" and variant[5].startswith("+50 [")
+    plain = dict(rows[2], changed={})
+    others = dict(plain, preset="class"), dict(plain, versions=dict(sim="calvin"))
+    lines = report.ablations([rows[0], *others])[2:]
+    assert [line.split("|")[1].strip(" `") for line in lines] == ["--ft_dreams 8", "--preset class",
+                                                                  "--sim calvin"]
+
+
+def test_a_table_pools_seeds_of_one_recipe(capsys):
+    """Rows of a variant beside the default's, or one row twice, would be pooled as one policy's."""
+    default, gaussian = (ROOT / "docs" / "results" / name for name in (
+        "seed0_turn_on_led.json", "ablations/bc_gaussian/seed0_turn_on_led.json"))
+    other = ROOT / "docs" / "results" / "calvin" / "seed1_turn_on_led.json"
+    assert report.main([str(default)]) == report.main(["--ablations", str(default), str(gaussian)]) == 0
+    for kind in ([], ["--short"], ["--compact"]):
+        for rows, words in (([default, gaussian], "--bc_actor gaussian"), ([default, other], "--sim calvin"),
+                            ([default, default], "two rows of turn_on_led, seed 0")):
+            assert report.main([*kind, *map(str, rows)]) == 2
+            assert words in capsys.readouterr().err
+
+
 def test_a_variant_begins_as_the_default(tmp_path):
     """Checkpoints and settings are copies, recordings links; rows and evaluations are its own.
 
@@ -240,13 +268,28 @@ def test_a_variant_begins_as_the_default(tmp_path):
     for name in ("wm.pt", "config.json", "log.csv", "result_turn_on_led.json", "eval_turn_on_led.json",
                  "online_turn_on_led.json"):
         (base / name).write_text(name)
+    (base / "log.csv").write_text("wm,,20,kl,3\nbc,turn_on_led,50,loss,1\n")
     ablate.begin(tmp_path, 3, "wm_pixels")
     run = tmp_path / "seed3_wm_pixels"
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "log.csv", "play", "wm.pt"]
     assert (run / "play").samefile(base / "play") and not (run / "wm.pt").samefile(base / "wm.pt")
     (run / "wm.pt").write_text("its own")
-    ablate.begin(tmp_path, 3, "wm_pixels")                  # goes on after a kill: what it made stays
-    assert (run / "wm.pt").read_text() == "its own"
+    (base / "log.csv").write_text("wm,,20,kl,3\nbc,turn_on_led,50,loss,1\nbc,open_drawer,50,loss,2\n")
+    (run / "log.csv").write_text("wm,,20,kl,4\nbc,turn_on_led,50,loss,5\n")
+    for _ in range(2):                                      # goes on after a kill: what it made stays
+        ablate.begin(tmp_path, 3, "wm_pixels")
+        assert (run / "wm.pt").read_text() == "its own"
+        # and what a task brings that a later call adds
+        assert (run / "log.csv").read_text() == ("wm,,20,kl,4\nbc,turn_on_led,50,loss,5\n"
+                                                 "bc,open_drawer,50,loss,2\n")
+
+
+@pytest.mark.parametrize("flag", ["--task", "--run=mine", "--stage"])
+def test_ablate_sets_some_flags_itself(flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", flag, "turn_on_led"])
+    with pytest.raises(SystemExit) as stop:
+        ablate.main()
+    assert stop.value.code == 2 and "give --tasks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ablate.VARIANTS)
@@ -277,11 +320,19 @@ def test_ranges_are_read_from_rows():
     assert report.end_of([9.0] * 18 + [1.0, 2.0]) == 1.5 and report.end_of([3.0]) == 3.0
 
 
-def test_convolutions_have_no_range_of_an_image_loss():
-    """It counts every pixel: healthy runs of the preset gpu end at twice that of linear codes."""
-    convolutions = report.healthy_terms("conv")
-    assert ("wm", "kl") in convolutions and ("wm", "image") not in convolutions
-    assert report.healthy_terms("linear") == list(report.HEALTHY)
+@pytest.mark.parametrize("changed, without", [
+    (dict(wm_encoder="conv"), ["wm.image", "wm.norm", "wm.open_image"]),    # every pixel counts
+    (dict(bc_actor="gaussian"), ["bc.loss", "finetune.anchor"]),            # an action's error, not noise's
+    (dict(ft_steps=1), ["finetune.anchor"]),
+    (dict(ft_bc=0.0), ["finetune.anchor"]),                                 # not reckoned
+    (dict(ft_gamma=0.9), []),
+])
+def test_a_range_is_of_one_meaning(changed, without):
+    """Where a setting changes what a term is, the range of the default's runs says nothing of it."""
+    default = dataclasses.asdict(diwa.Config())
+    assert report.healthy_terms(default) == list(report.HEALTHY)
+    kept = report.healthy_terms(dict(default, **changed))
+    assert sorted(".".join(term) for term in report.HEALTHY if term not in kept) == without
 
 
 def test_a_term_outside_its_range_is_named():
@@ -311,8 +362,7 @@ def test_the_rows_we_keep_are_healthy():
     rows = [row for row in rows if "ends" in row]
     assert len(rows) >= 6
     for row in rows:
-        settings = dict(diwa.PRESETS[row["preset"]], **row.get("changed", {}))
-        terms = report.healthy_terms(settings.get("wm_encoder", "linear"))
+        terms = report.healthy_terms(dict(diwa.PRESETS[row["preset"]], **row.get("changed", {})))
         assert set(row["ends"]) == {".".join(term) for term in terms}, (row["seed"], row["task"])
     text = (ROOT / "docs" / "RESULTS.md").read_text()
     assert all(line in text for line in report.ranges(rows)), "the table of ranges is what --ranges prints"

@@ -203,6 +203,18 @@ def test_nan_names_stage_step_and_term(done, tmp_path, capsys):
     assert not (folder / "smoke" / "wm.pt").exists()
 
 
+def test_the_stage_that_is_behind_is_named(done, tmp_path, no_pictures, capsys):
+    """Fine-tuned anew, evaluated not: the advice is to evaluate, although the setting is fine-tuning's."""
+    folder = copy_run(done, tmp_path)
+    flags = ["--ft_gamma", "0.9"]
+    assert main(folder, *flags, "--stage", "report") == 2
+    assert "run --stage finetune again" in capsys.readouterr().err
+    assert main(folder, *flags, "--stage", "finetune") == 0
+    assert main(folder, *flags, "--stage", "report") == 2
+    assert "run --stage eval again" in capsys.readouterr().err
+    assert main(folder, *flags, "--stage", "eval") == main(folder, *flags, "--stage", "report") == 0
+
+
 def test_truncated_checkpoint(done, tmp_path, capsys):
     folder = copy_run(done, tmp_path)
     path = folder / "smoke" / "wm.pt"
@@ -239,6 +251,8 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     (["--reward_labels", "state", "--wm_state", "0"], ["--wm_state 100"]),
     (["--ft_doubt", "1"], ["--wm_heads 5"]),
     (["--wm_heads", "1"], ["--wm_heads 5"]),
+    (["--bc_actor", "gaussian", "--bc_net", "unet"], ["--bc_net mlp"]),
+    (["--ft_horizon", "7"], ["--ft_chunks 6", "give --ft_horizon 6"]),
     (["--preset", "class", "--task", "open_drawer"], ["--play_tasks move_slider_left,move_slider_right,"]),
     (["--play_tasks", "open_drawer,close"], ["--play_tasks close", "close_drawer"]),
 ])
@@ -394,7 +408,7 @@ def watched(reached, rates):
 def test_practice_in_a_simulator_is_reported_as_that(done, tmp_path, no_pictures):
     """finetune(SimEnv): its steps are counted, resumed, and named by report and row; a dream's are none."""
     folder = copy_run(done, tmp_path, "finetune_*", "eval_*", "result_*")
-    flags = ["--ft_chunks", "2", "--ft_dreams", "2", "--ft_minibatches", "2"]
+    flags = ["--ft_chunks", "2", "--ft_horizon", "2", "--ft_dreams", "2", "--ft_minibatches", "2"]
     cfg = config(folder, *flags)
     agent = diwa.load_agent(cfg, "bc")
     sims = [calvin_sim.Tabletop(64) for _ in range(2)]
