@@ -13,7 +13,7 @@ import numpy as np
 
 from support import report
 from support.files import InputError, write_atomic
-from support.runs import load, load_file, output, read_log, versions
+from support.runs import changed_settings, load, load_file, output, read_log, versions
 
 PAPER = {  # DiWA, table of simulator steps that DPPO on the world model's features takes to match it
     "open_drawer": 117_600,
@@ -41,6 +41,8 @@ def write_row(cfg, target, cloned, results):
     row = dict(
         task=cfg.task,
         seed=cfg.seed,
+        preset=cfg.preset,
+        changed=changed_settings(cfg),
         recorded={name: len(load(cfg, name)) for name in ("play", "demos")},
         target=target,
         matched=matches(success[-1], target),
@@ -67,7 +69,9 @@ def table(rows):
             steps = f"not in {steps}: {100 * max(row['curve']):.0f} % of {100 * row['target']:.0f} %"
         paper = f"{PAPER[row['task']]:,}" if row["task"] in PAPER else "-"
         recorded = f"{row['recorded']['play']:,}; {row['recorded']['demos']:,}"
-        cells = [row["task"], str(row["seed"]), *rates, steps, paper, recorded]
+        flags = report.flags_of(row)                        # None of the rows that we keep: the default's
+        task = f"{row['task']} `{report.spelled(flags)}`" if flags else row["task"]
+        cells = [task, str(row["seed"]), *rates, steps, paper, recorded]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

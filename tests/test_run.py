@@ -377,6 +377,7 @@ def test_the_online_rival_counts_its_steps(done, tmp_path, monkeypatch, capsys):
     assert row["recorded"]["play"] == 1000
     out = capsys.readouterr().out
     assert f"| {row['steps'][-1]:,} | 345,600 | 1,000;" in out
+    assert "| close_drawer `--preset smoke --play_frames 1000 " in out, "a run may change, and the row stays"
     assert torch.load(folder / "smoke" / "online_close_drawer.pt", weights_only=True)["simulator_steps"] \
         == row["steps"][-1]
     assert main(folder, *flags) == 0 and "skipped" in capsys.readouterr().out
