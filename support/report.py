@@ -253,9 +253,10 @@ def rate(outcomes):
     return f"{percent(np.mean(outcomes))} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def difference(before, after):
+def difference(before, after, digits=0):
     d = paired(before, after)
-    return f"{100 * d['difference']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]", d
+    middle, low, high = (f"{100 * d[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    return f"{middle} [{low}, {high}]", d
 
 
 def practised_in(steps):
@@ -524,7 +525,7 @@ def ablations(rows):
             str(len(cloned)),
             rate(cloned),
             rate(tuned),
-            difference(*map(np.concatenate, zip(*beside)))[0] if beside else "-",
+            difference(*map(np.concatenate, zip(*beside)), digits=1)[0] if beside else "-",
             f"{100 * np.mean([r['dream'] - np.mean(r['after']) for r in group]):+.0f}",
             f"{np.mean([minutes_of(r) for r in group]):.0f}",
         ]

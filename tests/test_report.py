@@ -224,8 +224,8 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
     default, variant = (line.strip("| ").split(" | ") for line in report.ablations(rows)[2:])
     assert default[:3] == ["nothing", "2", "80"] and default[5:] == ["-", "+12", "4"]
     assert variant[0] == "`--ft_bc 0.0 --bc_net unet`" and variant[3].startswith("0 %")
-    assert variant[4].startswith("100 %") and variant[5] == report.difference(half, [1] * 40)[0]
-    assert variant[5].startswith("+50 [") and variant[6] == "-10"
+    assert variant[4].startswith("100 %") and variant[5] == report.difference(half, [1] * 40, 1)[0]
+    assert variant[5].startswith("+50.0 [") and variant[6] == "-10"
     with pytest.raises(report.InputError, match="same --eval_episodes"):
         report.ablations([*rows, row(1, dict(ft_bc=0.0), [1], [1], 1.0)])
     with pytest.raises(report.InputError, match="turn_on_led, seed 0, .*older version"):
@@ -238,7 +238,7 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
     for one in rows:
         one["changed"] = dict(ft_dreams=8, **one["changed"])
     default, variant = (line.strip("| ").split(" | ") for line in report.ablations(rows)[2:])
-    assert default[0] == "`--ft_dreams 8`" and default[5] == "-" and variant[5].startswith("+50 [")
+    assert default[0] == "`--ft_dreams 8`" and default[5] == "-" and variant[5].startswith("+50.0 [")
     plain = dict(rows[2], changed={})
     others = dict(plain, preset="class"), dict(plain, versions=dict(sim="calvin"))
     lines = report.ablations([rows[0], *others])[2:]
