@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calvin_sim import TASKS, advance_target, success
+from calvin_sim import HOME, TASKS, advance_target, success
 from support.files import InputError, replace_folder, write_atomic, writing
 
 FIELDS = {  # name: (shape of one frame, dtype); S is the image size
@@ -72,19 +72,23 @@ def pack(parts, out, meta, segments=None):
     with writing(out), contextlib.ExitStack() as stack:
         temporary.mkdir(parents=True)
         files = {}
+        size = len(np.load(parts[0])["rgb_static"][0])
         for part, length in zip(parts, lengths):
             with np.load(part) as episode:
                 frames = {key: episode[key] for key in FIELDS if key in episode or key not in OPTIONAL}
+            if files and files.keys() != frames.keys():
+                raise InputError(f"{part}: give scene_obs in all episodes or in none")
             for key, values in frames.items():
-                dtype = FIELDS[key][1]
-                if len(values) != length:
-                    raise InputError(f"{part} holds {len(values)} {key} and {length} rel_actions: "
-                                     "give one of each for every frame")
+                shape, dtype = sized_fields(size)[key]
+                if values.shape != (length, *shape) or not np.can_cast(values.dtype, dtype, "same_kind"):
+                    raise InputError(f"{part} holds {key} {values.dtype} {list(values.shape)} and {length} "
+                                     f"rel_actions: give {np.dtype(dtype)} {[length, *shape]}")
+                if key == "rel_actions" and (np.abs(values) > 1.001).any():
+                    raise InputError(f"{part} holds an action of {np.abs(values).max():g}: give -1 to 1")
                 if key not in files:
                     files[key] = stack.enter_context(open(temporary / f"{key}.npy", "wb"))
                     npy_start(files[key], (int(ends[-1]), *values.shape[1:]), dtype)
                 files[key].write(np.ascontiguousarray(values, dtype))
-        size = int(frames["rgb_static"].shape[1])
         np.save(temporary / "ep_start_end_ids.npy", ids)
         placed = []
         for (first, end), segment in zip(ids.tolist(), segments or ()):
@@ -108,10 +112,8 @@ def npy_start(file, shape, dtype):
 
 def sized_fields(size):
     """FIELDS with the image size filled in: {name: (shape of one frame, dtype)}."""
-    sized = {}
-    for key, (shape, dtype) in FIELDS.items():
-        sized[key] = tuple(size if d == "S" else d for d in shape), dtype
-    return sized
+    return {key: (tuple(size if d == "S" else d for d in shape), dtype)
+            for key, (shape, dtype) in FIELDS.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def window_starts(episodes, length):
     starts = [np.arange(a, b - length + 2) for a, b in episodes if b - a + 1 >= length]
     if not starts:
         raise InputError(f"no episode is {length} frames long: record longer episodes or choose a smaller "
-                         "--wm_length, --wm_stride or --play_episode")
+                         "--wm_length or --wm_stride")
     return np.concatenate(starts)
 
 
@@ -256,7 +258,7 @@ def area_resize(image, size):
 # and where the arm was told to be (the commanded pose, which no camera sees).
 
 HOME_POSE = torch.tensor([0.03, -0.23, 0.55, math.pi, 0.0, math.pi / 2])  # m, rad: the tool points down
-HOME_JOINTS = torch.tensor([-1.2178, 1.0399, 2.1198, -2.3421, -0.8702, 1.6412, 0.5534])
+HOME_JOINTS = torch.tensor(HOME, dtype=torch.float32)
 POSE_SCALE = torch.tensor([0.1, 0.1, 0.1, 0.3, 0.3, 0.3])
 STATE_SCALE = torch.tensor([0.15, 0.1, 0.02, 0.05, 0.5, 0.5])           # what moves or shines: m, or 0/1
 

@@ -83,10 +83,10 @@ def record(cfg, parts, wanted):
                 path = str(parts / f"{kind}_{seed}.npz")
                 jobs.append(dict(path=path, kind=kind, seed=seed, length=length, sim=sim_of(cfg),
                                  tasks=play_tasks(cfg)))
-            tried[kind] += missing
-            if tried[kind] > 3 * count + 20:
+            if tried[kind] + missing > 3 * count + 20:
                 raise InputError(f"the scripted expert solved only {len(good[kind])} of {tried[kind]} starts "
                                  f"of {kind}: see 'python calvin_sim.py check'")
+            tried[kind] += missing
         done = sum(Path(job["path"]).exists() for job in jobs)
         for job, (solved, frames) in zip(jobs, in_processes(cfg, record_job, jobs, "episodes", done)):
             if solved:
@@ -186,6 +186,18 @@ def held_out(segments, play):
     return [any(a <= first and last <= b for a, b in unseen) for _, first, last in segments]
 
 
+def divided(task, segments, play):
+    """The segments of a task in a recording that is play, too -> those to clone, those that judge, and
+    whether some do both, for want of others.
+
+    One that only reaches into a held-out episode does neither: what judges there would have been cloned."""
+    mine = [s for s in segments if s[0] == task and s[2] - s[1] >= SHORTEST]
+    judge = [s for s, unseen in zip(mine, held_out(mine, play)) if unseen]
+    _, pieces = play.split()
+    clone = [s for s in mine if not any(a <= s[2] and s[1] <= b for a, b in pieces)]
+    return clone or mine, judge or mine, not (clone and judge)
+
+
 def use_given_play(cfg, folder):
     """The dataset of --data as play: an index into its frames.
 
@@ -202,15 +214,13 @@ def use_given_play(cfg, folder):
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
     heldout = []
     seen_before = []
-    unseen = dict(zip(given.segments, held_out(given.segments, Dataset(temporary))))
     for task in dict.fromkeys(task for task, _, _ in given.segments):
-        every = [s for s in given.segments if s[0] == task]
-        mine = [s for s in every if unseen[s]]
-        if not mine:
-            print(f"warning: no segment of {task} was held out of {cfg.data}: "
+        _, judge, both = divided(task, given.segments, Dataset(temporary))
+        if both:
+            print(f"warning: too few segments of {task} in {cfg.data} to hold some out: "
                   "it is judged on ones that were trained on")
             seen_before.append(task)
-        heldout += (mine or every)[:cfg.play_replay]
+        heldout += judge[:cfg.play_replay]
     pack_segments(cfg, "play", folder.with_name("replay"), heldout, trained_on=seen_before)
     replace_folder(temporary, folder)
 
@@ -220,24 +230,22 @@ def use_given_demos(cfg, folder):
 
     Those that judge are cloned only if there are no others."""
     given = check_data(cfg)
-    mine = [s for s in given.segments if s[0] == cfg.task and s[2] - s[1] >= SHORTEST]
-    if not mine:
+    segments, _, _ = divided(cfg.task, given.segments, load(cfg, "play"))
+    if not segments:
         raise InputError(f"{cfg.data} has no segments of {cfg.task} to clone, of more than {SHORTEST} "
                          f"frames: 'python data.py inspect {cfg.data}' lists those it has")
-    unseen = held_out(mine, load(cfg, "play"))
-    segments = [s for s, heldout in zip(mine, unseen) if not heldout] or mine
     segments = segments[:cfg.demo_count]
     print(f"  {len(segments)} demonstrations of {cfg.task} in {cfg.data}")
     pack_segments(cfg, "demos", folder, segments)
 
 
-SHORTEST = 8                                                # frames of a segment that can teach anything
+SHORTEST = 8                        # a segment's last frame less its first: fewer teach nothing
 
 
 def pack_segments(cfg, stage, folder, segments, **more):
     """Copy segments [(task, first, last)] of the dataset of --data into one of their own, an episode each.
 
-    None, no dataset."""
+    Without segments no dataset is written."""
     given = Dataset(cfg.data)
     parts = folder.with_name(folder.name + ".parts")
     shutil.rmtree(folder, ignore_errors=True)

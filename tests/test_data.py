@@ -107,7 +107,7 @@ def episode(length, seed=0, size=8):
         if dtype is np.uint8:
             values = rng.integers(0, 256, (length, size, size, 3))
         else:
-            values = rng.normal(size=(length, *shape))
+            values = rng.normal(size=(length, *shape)).clip(-1, 1)
         content[key] = values.astype(dtype)
     return content
 
@@ -125,8 +125,26 @@ def test_a_picture_too_many_is_refused(tmp_path):
     """A common robot log has one observation more than actions: packed, it would shift all later episodes."""
     content = episode(5)
     data.save_part(tmp_path / "0.npz", dict(content, rel_actions=content["rel_actions"][:-1]))
-    with pytest.raises(data.InputError, match="0.npz holds 5 .* and 4 rel_actions: give one of each"):
+    words = r"holds rgb_static uint8 \[5, 8, 8, 3\] and 4 rel_actions: give uint8 \[4, 8, 8, 3\]"
+    with pytest.raises(data.InputError, match=words):
         data.pack([tmp_path / "0.npz"], tmp_path / "ds", {})
+    assert not (tmp_path / "ds").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(rgb_static=np.zeros((5, 8, 8, 3), np.float32)), "rgb_static float32"),       # 0..1 would be black
+    (dict(rgb_gripper=np.zeros((5, 9, 9, 3), np.uint8)), "rgb_gripper uint8 .*9, 9"),
+    (dict(robot_obs=np.zeros((5, 14))), "robot_obs float64 .*14"),
+    (dict(rel_actions=np.full((5, 7), 50.0)), "an action of 50"),
+    (dict(scene_obs=None), "scene_obs in all episodes or in none"),
+])
+def test_what_training_could_not_use_is_not_packed(tmp_path, change, words):
+    """The second of two episodes is not like the first."""
+    content = {**episode(5), **change}
+    data.save_part(tmp_path / "0.npz", episode(4))
+    data.save_part(tmp_path / "1.npz", {key: value for key, value in content.items() if value is not None})
+    with pytest.raises(data.InputError, match=f"1.npz.*{words}"):
+        data.pack([tmp_path / "0.npz", tmp_path / "1.npz"], tmp_path / "ds", {})
     assert not (tmp_path / "ds").exists()
 
 

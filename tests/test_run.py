@@ -519,6 +519,19 @@ def test_held_out_demonstrations_go_with_their_play(tmp_path, monkeypatch):
     assert not (tmp_path / "x" / "replay").exists()
 
 
+def test_what_judges_is_cloned_only_for_want_of_others():
+    """Episode 100..199 is held out: what lies in it judges, and what only reaches into it does neither."""
+    play = SimpleNamespace(split=lambda: (np.array([[0, 99], [200, 299]]), np.array([[100, 199]])))
+    inside, across, outside = ("pour_tea", 120, 150), ("pour_tea", 80, 110), ("pour_tea", 210, 240)
+    tiny = ("pour_tea", 130, 137)
+    others = [("close_lid", 20, 40), tiny]
+    every = [inside, across, outside, *others]
+    assert record.divided("pour_tea", every, play) == ([outside], [inside], False)
+    assert record.divided("pour_tea", [inside, *others], play) == ([inside], [inside], True)
+    assert record.divided("pour_tea", [outside, across], play) == ([outside], [outside, across], True)
+    assert record.divided("wash_up", [inside], play) == ([], [], True)
+
+
 def test_a_simulator_that_dies_is_one_sentence():
     """Whether it is noticed when asked or when it should answer."""
     def broken(given):
