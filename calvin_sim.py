@@ -70,7 +70,7 @@ TCP_LINK = 11
 JOINT_LOW = np.array([-2.9671, -1.8326, -2.9671, -3.1416, -2.9671, -0.0873, -2.9671])
 JOINT_HIGH = np.array([2.9671, 1.8326, 2.9671, 0.0, 2.9671, 3.8223, 2.9671])
 SLIDER, DRAWER, BUTTON, SWITCH, BULB, LED = range(6)     # places in scene_obs
-SUBSTEPS = 8                                 # of 1/240 s, each with a whole impulse: forces are divided
+SUBSTEPS = 8                                 # a motor's whole impulse acts in each: its force is divided
 BULB_AT = 0.044                              # joint thresholds of the two lamps, m
 LED_AT = 0.010
 LIMITS = (0.28, 0.22, 0.02, 0.088)           # travel of slider, drawer, button, switch, m
@@ -84,7 +84,7 @@ class Task(NamedTuple):
     index: int           # the scene_obs entry that the task changes
     change: float        # fulfilled when that entry has changed by more than this in this direction
     phrase: str
-    holds: tuple = ()    # entries that must be far (left, open, up, lit) at the start and at the end
+    holds: tuple = ()    # entries that must be far (left, open, up, lit) in the end; starts have them so, too
     skill: str = ""      # the task whose expert it borrows; "" = it has its own in support/expert.py
 
 
@@ -134,7 +134,7 @@ def sample_start(task_name, rng):
     far = rng.random(6) < 0.5                            # which fixtures are left / open / up / lit
     far[task.index] = task.change < 0
     far[list(task.holds)] = True
-    far[SWITCH] = far[BULB]
+    far[[SWITCH, BULB]] = far[BULB] | (SWITCH in task.holds)
     for joint, (near, away) in {SLIDER: (0.06, 0.22), DRAWER: (0.03, 0.17), SWITCH: (0.02, 0.07)}.items():
         scene[joint] = rng.uniform(away, LIMITS[joint]) if far[joint] else rng.uniform(0, near)
     scene[BULB] = far[BULB]
@@ -154,7 +154,7 @@ def sample_start(task_name, rng):
 def sample_robot(rng):
     """Draw a robot_obs [15] anywhere above the desk's front, tilted by up to 21 degrees.
 
-    An official start is where the last skill left the arm."""
+    In CALVIN's chains of tasks each but the first begins where the last skill left the arm."""
     while True:
         joints = HOME + rng.uniform(-0.45, 0.45, 7)
         tcp, axis = forward_kinematics(joints)
@@ -193,7 +193,7 @@ def official_start(task_name, rng):
 def checked_start(robot_obs, scene_obs, seed):
     """What a simulator's reset was given -> finite robot_obs [15], scene_obs [24] as new f64 arrays.
 
-    None is drawn from `seed`."""
+    What is None there is drawn from `seed`."""
     drawn = sample_start("open_drawer", np.random.default_rng(seed))
     robot, scene = (np.array(d if o is None else o, float) for o, d in zip((robot_obs, scene_obs), drawn))
     if robot.shape != (15,) or scene.shape != (24,) or not np.isfinite([*robot, *scene]).all():

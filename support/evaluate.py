@@ -1,7 +1,7 @@
 """evaluate.py: policies meet a simulator (or, without one, a dream), each from the same start states.
 
-Only here, and never on the way from recordings to a tuned policy.  Then the last two stages of diwa.py, eval
-and report.
+Never on the way from recordings to a tuned policy: its first simulator step is here.  Then the last two
+stages of diwa.py, eval and report.
 """
 import dataclasses
 import json
@@ -103,8 +103,7 @@ def evaluate(cfg, load_agent, policies, seeds, record=(), finished=None, keep=No
     record: seeds whose frames are kept.
     finished: {policy/first seed of a group: episodes} that need not be done again.
     keep(finished) saves it.  draw(task, rng): the start state of a seed."""
-    # in lock step, so that the networks run batched; calvin_env: one a process
-    size = 10 if cfg.sim == "tabletop" else 1
+    size = group_size(cfg)
     groups = [[int(s) for s in seeds[a:a + size]] for a in range(0, len(seeds), size)]
     finished = {} if finished is None else finished
     jobs_a_policy = cfg.workers if cfg.sim == "tabletop" else max(cfg.workers, len(seeds) // 10)
@@ -167,7 +166,7 @@ def rollout_path(cfg, name):
 def before_and_after(cfg, load_agent):
     """Before and after on the same start states; the learning curve on others.
 
-    Only here does the new policy meet a simulator."""
+    The tuned policy's first simulator step is here."""
     path = output(cfg, "eval")
     practised = load(cfg, "finetune").get("simulator_steps", 0)
     for name in ("before", "after"):
@@ -203,6 +202,11 @@ def before_and_after(cfg, load_agent):
     partial.unlink(missing_ok=True)
 
 
+def group_size(cfg):
+    """Episodes in lock step, so that the networks run batched; of calvin_env there is one a process."""
+    return 10 if cfg.sim == "tabletop" else 1
+
+
 def one_policy(cfg, load_agent):
     """--policy: one policy from the reported start states, in a file of its own, beside the report."""
     reported, _ = start_seeds(cfg)
@@ -222,8 +226,8 @@ def record_rollouts(cfg, load_agent, results):
     seeds, _ = start_seeds(cfg)
     pairs = zip(results["bc"], results["tuned"])
     turned = [old["seed"] for old, new in pairs if new["success"] and not old["success"]]
-    chosen = [*turned, *map(int, seeds)][:2]
-    size = 10 if cfg.sim == "tabletop" else 1
+    chosen = list(dict.fromkeys([*turned, *map(int, seeds)]))[:2]
+    size = group_size(cfg)
     firsts = sorted({size * ((seed - int(seeds[0])) // size) for seed in chosen})
     group = np.concatenate([seeds[a:a + size] for a in firsts])         # whole groups: they share their noise
     again = evaluate(cfg, load_agent, ("bc", "tuned"), group, chosen)

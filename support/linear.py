@@ -13,9 +13,9 @@ AT_ONCE = 250                                               # frames: more leave
 
 
 class LinearCodec(nn.Module):
-    """The closed-form linear autoencoder: principal components of the frames.  Distances between codes are
-    distances between images, so a squared error on codes is the image loss, at a fraction of the price of
-    convolutions on a CPU."""
+    """The closed-form linear autoencoder: principal components of the frames.  They are orthonormal, so a
+    squared error on codes is one on pixels but for what no component holds, which no update can change: the
+    image loss, at a fraction of the price of convolutions on a CPU."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -49,7 +49,7 @@ class LinearCodec(nn.Module):
             getattr(self, f"{name}_{key}").copy_(value)
 
     def encode(self, static, gripper):
-        """u8 frames [..., S, S, 3] of both cameras -> codes [..., size], in units of the pixels (-1..1)."""
+        """u8 frames [..., S, S, 3] of both cameras -> codes [..., size]: sums over pixels of -1..1."""
         codes = []
         for name, frames in (("static", static), ("gripper", gripper)):
             mean, basis = getattr(self, f"{name}_mean"), getattr(self, f"{name}_basis")

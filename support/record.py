@@ -8,8 +8,8 @@ import numpy as np
 from data import FIELDS, HELD_OUT, Dataset, commanded_targets, frame_bytes, pack, save_part
 from support import expert
 from support.files import InputError, free_space, replace_folder, write_atomic, writing
-from support.runs import (RENDERERS, apart, check_data, code, first_seed, in_processes, load, load_file,
-                          make_sim, origin, output, play_tasks, sim_of, versions)
+from support.runs import (DEMO_FRAMES, RENDERERS, apart, check_data, code, first_seed, in_processes, load,
+                          load_file, make_sim, origin, output, play_tasks, sim_of, versions)
 
 
 def stage_play(cfg):
@@ -72,7 +72,8 @@ def record(cfg, parts, wanted):
     -> {kind: [(file, frames)]}, the same whatever the number of processes and however often it was
     interrupted"""
     drop_others(cfg, parts, wanted)
-    announce_space(cfg, parts, sum(count * (length or DEMO_FRAMES) for _, count, length in wanted.values()))
+    frames = sum(count * (length or DEMO_FRAMES) for _, count, length in wanted.values())
+    announce_space(cfg, parts, frames, "play_frames" if "play" in wanted else "demo_count")
     good = {kind: [] for kind in wanted}
     tried = dict.fromkeys(wanted, 0)
     while any(len(good[kind]) < wanted[kind][1] for kind in wanted):
@@ -111,10 +112,7 @@ def drop_others(cfg, parts, wanted):
         write_atomic(note, lambda p: p.write_text(json.dumps(made_with)))
 
 
-DEMO_FRAMES = 75                  # of a demonstration, about: what disk space is reckoned with
-
-
-def announce_space(cfg, parts, frames):
+def announce_space(cfg, parts, frames, flag):
     """Say what a recording takes on the disk before it begins, and refuse when that is too small."""
     keeps = frames * frame_bytes(cfg.image_size)
     there = sum(p.stat().st_size for p in parts.glob("*.npz"))          # of a recording that was cut off
@@ -124,7 +122,7 @@ def announce_space(cfg, parts, frames):
     if free + there < 2 * keeps:
         raise InputError(f"{parts.parent} needs {2 * keeps / 1e9:.2f} GB of disk space and "
                          f"{(free + there) / 1e9:.2f} GB are free: "
-                         "free some, choose another --runs folder, or record less (--play_frames)")
+                         "free some, choose another --runs folder, or record less (--{flag})")
 
 
 def pack_recorded(cfg, stage, folder, good):

@@ -54,7 +54,7 @@ STAGES = {  # name: (prefix of its own settings, stages it reads, is there one a
 }
 PIPELINE = [stage for stage in STAGES if stage != "online"]  # what --stage all does, and then the report
 SAVE_EVERY = 30                                             # seconds between partial checkpoints
-# every stage depends on these; with --data only eval on the simulator
+# every stage depends on these (with --data only eval on sim)
 COMMON = ("seed", "sim", "image_size")
 
 
@@ -575,11 +575,11 @@ class Updates:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 prefix = STAGES["finetune" if self.stage == "online" else self.stage][0]
+                names = [field.name for field in dataclasses.fields(self.cfg)]
+                rates = [f"--{name}" for name in names if re.fullmatch(f"{prefix}.*lr", name)]
                 raise InputError(f"stage {self.stage}: the term '{name}' became {value} between steps "
-                                 f"{step + 1 - len(self.pending)} and {step}; "
-                                 f"{partial_path(self.cfg, self.stage)} holds the last good state, "
-                                 "if one was saved: try a smaller learning rate "
-                                 f"(--{prefix}...lr, see --help) and run again")
+                                 f"{step + 1 - len(self.pending)} and {step}: "
+                                 f"give a smaller {' or '.join(rates)}, and the stage begins anew")
         self.pending.clear()
         return metrics
 
@@ -867,7 +867,7 @@ CHOICES = {
     "bc_actor": ("diffusion", "gaussian"),
     "reward_labels": ("unlabelled", "demos", "predicate", "strict", "state"),
 }
-COUNTS = ("play_replay", "wm_octaves", "ft_warmup", "eval_curve", "eval_official")
+COUNTS = ("play_replay", "wm_octaves", "ft_warmup")
 POSITIVE = ("wm_lr", "bc_lr", "reward_lr", "ft_actor_lr", "ft_critic_lr", "wm_clip", "reward_tau", "ft_clip",
             "ft_clip_first")
 SHARES = ("wm_balance", "wm_lr_end", "bc_ema", "ft_ema", "ft_starts", "ft_play", "ft_gamma", "ft_lambda",
@@ -882,6 +882,9 @@ RANGES = dict(  # lowest and highest; of all other numbers the whole ones start 
     wm_unimix=(0, 0.999),
     wm_decode=(1e-6, 1),
     seed=(0, 10 ** 9),
+    eval_episodes=(1, 5000),        # first_seed has room for so many
+    eval_curve=(0, 2500),
+    eval_official=(0, 2500),
     wm_heads=(0, 100),
     image_size=(8, 512),
     workers=(1, 256),
@@ -1066,7 +1069,10 @@ def called_by_a_worker():
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
-REFERENCE = {  # minutes of each stage at the defaults, on two cores of a server (rows in docs/results)
+DEMO_FRAMES = 75                                            # of a demonstration, about: for disk space
+# Minutes of each stage on two cores of a server, at Config's own values and in float32; what --sim, bfloat16
+# and latents change of that is reckoned below
+REFERENCE = {
     "tabletop": dict(play=3.7, demos=0.1, wm=11.2, bc=0.3, reward=0.5, finetune=1.4, eval=0.6),
     "calvin": dict(play=39, demos=0.7, wm=9.4, bc=0.5, reward=0.8, finetune=1.45, eval=5.1),
 }
@@ -1103,7 +1109,9 @@ def expectation(cfg, tasks):
     def listed(stages):
         return ", ".join(f"{stage} {value:.1f}" for stage, value in stages.items())
 
-    gigabytes = (cfg.play_frames + tasks * cfg.demo_count * 75) * frame_bytes(cfg.image_size) / 1e9
+    demonstrations = tasks * cfg.demo_count + len(play_tasks(cfg)) * cfg.play_replay
+    frames = cfg.play_frames + demonstrations * DEMO_FRAMES
+    gigabytes = frames * frame_bytes(cfg.image_size) / 1e9
     return (f"expected on two cores of a server, in minutes: {listed(shared)}; for each of {tasks} tasks "
             f"{listed(each)}; together {total:.0f}, and {gigabytes:.1f} GB")
 

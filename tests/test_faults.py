@@ -347,6 +347,7 @@ def test_all_tasks_are_those_of_the_recording(recording, tmp_path):
     ("wm_lr", 0), ("wm_batch", 0), ("wm_length", 200), ("play_frames", 0), ("play_episode", 1),
     ("wm_stride", 0), ("ft_gamma", 1.5), ("bc_ema", -0.1), ("ft_std", 0.05), ("wm_decode", 0),
     ("reward_tau", 0), ("wm_h", 0), ("ft_horizon", 0), ("eval_curve", -1), ("ft_bc", "inf"),
+    ("eval_episodes", 5001), ("eval_curve", 2501),
     ("wm_classes", 0), ("wm_heads", 101), ("ft_doubt", 1e7), ("wm_inverse", 1e7),
 ])
 def test_numbers_out_of_range_are_refused_before_any_work(flag, value, tmp_path, capsys):

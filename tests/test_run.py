@@ -200,6 +200,7 @@ def test_nan_names_stage_step_and_term(done, tmp_path, capsys):
     assert main(folder, "--stage", "wm", "--wm_lr", "1e30") == 2
     message = capsys.readouterr().err
     assert "stage wm" in message and "steps 1 and 20" in message and "the term '" in message
+    assert "give a smaller --wm_lr, and" in message
     assert not (folder / "smoke" / "wm.pt").exists()
 
 

@@ -299,6 +299,14 @@ def test_a_task_may_ask_for_more_than_one_thing(monkeypatch):
         assert cs.success("led_while_open", scene, np.stack([lit, shut])).tolist() == [True, False]
 
 
+def test_every_thing_that_is_held_is_held_at_the_start(monkeypatch):
+    for thing in cs.FAR:
+        monkeypatch.setitem(cs.TASKS, "held", cs.Task("held", cs.BUTTON, 0.01, "press", holds=(thing,)))
+        for seed in range(20):
+            _, scene = cs.sample_start("held", np.random.default_rng(seed))
+            assert cs.held("held", scene) and (scene[cs.SWITCH] > 0.044) == (scene[cs.BULB] > 0.5)
+
+
 @pytest.mark.parametrize("task", cs.TASKS)
 def test_official_initial_states(task):
     """CALVIN's own protocol: fixtures at an end of their travel, lever and bulb agreeing, blocks on four
