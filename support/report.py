@@ -678,7 +678,7 @@ def trust_lines(task, judged):
         source = "(some of which were trained on, for want of others)"
     play = ", and stretches of held-out play from where the task can be done"
     if not np.sum(judged["trust"]["play"]):
-        play = "; of play nobody knows what is a failure"
+        play = "; no stretch of play could be judged"
     lines = [
         "",
         "## Can the dream tell success from failure?",
