@@ -1,10 +1,10 @@
 """Exercise 9, an experiment: where is the lie? (diwa.py, section 5, DreamEnv; section 7, Agent)
 
 A policy fails in the simulator, and in the dream the same actions succeed.  Two parts can be wrong, and a
-test tells them apart.  Let the agent watch the failed episode's real frames: if the classifier says success
-there, once at the end of a chunk, it is the reward that lies.  Let the world model dream the same actions
-from the first frame: if the classifier says success only then, in two steps running, as practice pays it, it
-is the dream, in which the door goes along.
+test tells them apart.  Let the agent watch the failed episode's real frames: if the classifier sees success
+there, even at one chunk's end, the reward lies.  Let the world model dream the same actions from the first
+frame: if the classifier sees success only there (in two steps running, the rule by which practice pays), the
+dream lies: its door moves along.
 
 Three groups of failures, by their names in PREDICTION:
 

@@ -186,6 +186,8 @@ POSTERIOR_MEAN = Check(
                  lambda f: denoised(f, 1, 0.3), "at t = 1 bar_before is bar[0]; only at t = 0 it is 1"),
         Property("a guess outside [-1, 1] is clipped before it is used",
                  lambda f: denoised(f, 15, 3.0), "clip `clean`; the mean itself may lie outside"),
+        Property("also at the last step",
+                 lambda f: denoised(f, 0, 3.0), "clip `clean` at every t"),
     ],
     mistakes=[
         ("the guess of the clean chunk is not clipped: at noisy steps it is far out, and stays there",
@@ -195,6 +197,7 @@ POSTERIOR_MEAN = Check(
         ("noise enters with sqrt(1 - bar_t): its variance is 1 - bar_t", mean_with(root=False)),
         ("bar_before must be the product up to t - 1: with bar_t some noise stays at t = 0",
          mean_with(shift=1)),
+        ("this is x_t, unchanged", lambda x, noise, t, beta: x),
         ("the two coefficients are swapped: the guess counts least when it is best", mean_with(swap=True)),
         ("this is the clean chunk's guess; one step goes only part of the way",
          lambda x, noise, t, beta: ((x - (1 - torch.cumprod(1 - beta, 0)[t]).sqrt() * noise)
@@ -263,6 +266,10 @@ CHAIN_LOGPROB = Check(
          logprob_with(clamped=False)),
         ("this asks each step about its input: step j drew chain[:, j + 1]", logprob_with(first=0)),
         ("(x - mean) / std must be squared as a whole: you divide by std once", logprob_with(squared=False)),
+        ("the steps' stds are in the wrong order", lambda mean, std, chain, floor:
+         chain_logprob(mean, std.flip(0), chain, floor)),
+        ("this takes the variance for the std", lambda mean, std, chain, floor:
+         chain_logprob(mean, std.clamp(min=floor) ** 2, chain, 0.0)),
         ("a Gaussian's log-density also has -log sqrt(2 pi): a constant, but the clamp feels it",
          logprob_with(constant=False)),
     ],
@@ -298,8 +305,8 @@ NT_XENT = Check(
     properties=[
         Property("two classes: each row against the others of its class",
                  contrast,
-                 "s - logsumexp over the others, then minus the mean over the positives; nan is -inf times "
-                 "0 on the diagonal: mask the denominator only"),
+                 "s - logsumexp over all others, positives too, then minus the mean over the positives; nan "
+                 "is -inf times 0 on the diagonal: mask the denominator only"),
         Property("the length of an embedding does not count",
                  lambda f: contrast(f, scale=3.0), "normalise to unit length first"),
         Property("tau divides the similarities",
@@ -365,6 +372,8 @@ GAE = Check(
         Property("a dream that is cut: its future counts, the next row does not",
                  lambda f: advantages(f, {(3, 1): "truncated"}),
                  "V(next state) stays, the trace from the next row goes"),
+        Property("a success in the last row: nothing comes after it, either",
+                 lambda f: advantages(f, {(5, 0): "terminated"}), "a success ends the future in every row"),
         Property("lam = 0 is the one-step advantage", lambda f: advantages(f, {(2, 0): "truncated"}, lam=0.0),
                  "with lam = 0 A_t is delta_t"),
     ],
@@ -401,7 +410,8 @@ CLIP_SCHEDULE = Check(
         SimpleNamespace(ft_clip_first=first, ft_clip=last), steps, "cpu"),
     properties=[
         Property("ten steps, from first to last", lambda f: {"epsilon": f(0.003, 0.03, 10)},
-                 "x = 0 ... 1 over the steps"),
+                 "it is first at x = 0 and last at x = 1: is it (exp(3 x) - 1) / (exp(3) - 1), brackets "
+                 "included, and does x run from 0 to 1?"),
         Property("it may also shrink", lambda f: {"epsilon": f(0.2, 0.1, 4)},
                  "first and last are the two ends, whichever is larger"),
         Property("with one step there is only the last", lambda f: {"epsilon": f(0.003, 0.03, 1)},

@@ -168,7 +168,7 @@ def compare(exercise, solution, seen):
             continue
         word = "near" if off <= 10 else f"off by {off:.0f}"
         if not min(ours) - 15 <= value <= max(ours) + 15:
-            word += "; and here is unlike ours: is this a run of --preset class?"
+            word += "; and here is unlike ours, which are of --preset class, by an older default"
         spread = ", ".join(f"{one:.0f}" for one in ours)
         lines.append(f"| {key}: {exercise.WHAT[key]} | {said:.0f} % | {value:.0f} % | {spread} % | {word} |")
     return [*lines, "", solution.__doc__.strip()]
@@ -179,7 +179,7 @@ def judge(path, argv=None):
     prediction, 2 where it cannot be done."""
     parser = argparse.ArgumentParser(description="an experiment; see the file's first lines. "
                                      "Other flags are diwa.py's, for every variant that it trains.")
-    parser.add_argument("--runs", default="runs", help="where run folders are kept")
+    parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="where run folders are kept")
     parser.add_argument("--run", default="class", help="the run that it is about")
     parser.add_argument("--starts", type=int, default=100, help="start states a policy; 100 are +- 9 points")
     args, more = parser.parse_known_args(argv)

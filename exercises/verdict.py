@@ -90,7 +90,7 @@ def verdict(check, function):
         return True, [f"{check.name}: right, as in diwa.py.", *lines, "", check.lesson]
     failed = next(i for i, problem in enumerate(problems) if problem)
     lines = [f"{check.name}: not yet.", *lines, "", f"  {problems[failed]}"]
-    if "differ" in problems[failed]:                        # else it says itself what is wrong
+    if "numbers differ" in problems[failed]:                # else it says itself what is wrong
         lines.append(f"  Hint: {recognised(check, got, failed) or check.properties[failed].hint}")
     return False, lines
 

@@ -99,6 +99,24 @@ def test_what_a_student_got_past_the_checks():
     assert "backwards" in told("11_clip_schedule", backwards)
 
 
+def test_what_holds_in_a_middle_row_holds_in_the_last():
+    """Right but for one row: a promise after a success that comes last, a guess that is not clipped at t = 0."""
+    gae, mean = CHECKS["10_gae"], CHECKS["03_posterior_mean"]
+
+    def promised(reward, value, next_value, terminated, truncated, gamma, lam):
+        last = torch.zeros_like(terminated)
+        last[-1] = terminated[-1]
+        return gae.right(reward, value, next_value, terminated & ~last, truncated | last, gamma, lam)
+
+    def unclipped(x, noise, t, beta):
+        clean = (x - beta[0].sqrt() * noise) / (1 - beta[0]).sqrt()
+        return mean.right(x, noise, t, beta) if t else clean
+
+    for check, function in ((gae, promised), (mean, unclipped)):
+        right, lines = verdict.verdict(check, function)
+        assert not right and sum("NOT YET" in line for line in lines) == 1
+
+
 def test_the_lecture_says_what_the_code_is(tmp_path):
     """Its tables are those that the code prints, and its figures can be drawn."""
     import lecture

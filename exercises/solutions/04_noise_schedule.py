@@ -9,6 +9,8 @@ questions, so their losses are not comparable; here the hard ones are those with
 is hardly any to be seen.
 """
 PREDICTION = dict(cosine=58, stretched=55, linear=15)       # the means of what we saw
+# Class runs of an older default (commit `774d85c`: pixels alone, float32, the last weights); the learning
+# curve's starts, not those of docs/RESULTS.md
 SEEN = dict(                                                # percent of 100 starts; seeds 0, 1, 2
     cosine=[67, 52, 54],
     stretched=[62, 54, 49],

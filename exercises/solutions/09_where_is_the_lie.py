@@ -13,6 +13,8 @@ few: these shares are rough, and another seed's may look otherwise.
 """
 PREDICTION = dict(cloned_frames=8, cloned_dream=2, without_play_frames=18, without_play_dream=7,
                   tuned_frames=21, tuned_dream=14)
+# Class runs of an older default (commit `774d85c`: pixels alone, float32, the last weights); the learning
+# curve's starts, not those of docs/RESULTS.md
 SEEN = dict(                                                # percent of the failures; seeds 0, 1, 2
     cloned_frames=[12, 4, 9],
     cloned_dream=[6, 0, 0],

@@ -8,7 +8,7 @@ busy and healthy, and the dream's success falls, from .6 or .7 to about .2 or le
 a critic PPO compares each dream with the average of all, which is noisy and not wrong.  That is the
 dangerous patient: a fault that only costs.
 
-Seen alike with seeds 0, 1 and 2, so there is no spread to show.
+Seen alike with seeds 0, 1 and 2 (class runs of an older default), so there is no spread to show.
 """
 PREDICTION = dict(A="sum", B="frozen", C="sign", D="critic")
 SEEN = dict(PREDICTION)
