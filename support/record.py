@@ -122,7 +122,7 @@ def announce_space(cfg, parts, frames, flag):
     if free + there < 2 * keeps:
         raise InputError(f"{parts.parent} needs {2 * keeps / 1e9:.2f} GB of disk space and "
                          f"{(free + there) / 1e9:.2f} GB are free: "
-                         "free some, choose another --runs folder, or record less (--{flag})")
+                         f"free some, choose another --runs folder, or record less (--{flag})")
 
 
 def pack_recorded(cfg, stage, folder, good):

@@ -100,7 +100,7 @@ def test_what_a_student_got_past_the_checks():
 
 
 def test_what_holds_in_a_middle_row_holds_in_the_last():
-    """Right but for one row: a promise after a success that comes last, a guess that is not clipped at t = 0."""
+    """Right but for one row: a promise after a success that comes last, a guess unclipped at t = 0."""
     gae, mean = CHECKS["10_gae"], CHECKS["03_posterior_mean"]
 
     def promised(reward, value, next_value, terminated, truncated, gamma, lam):

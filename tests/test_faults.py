@@ -140,7 +140,7 @@ def full(*args, **kwargs):
 def test_a_recording_that_does_not_fit_is_refused_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record, "free_space", lambda path: 30_000_000)
     assert diwa.main([*TINY, "--runs", str(tmp_path), "--stage", "play"]) == 2
-    sentence(capsys, "GB are free", "--runs", "--play_frames")
+    sentence(capsys, "GB are free", "--runs", "(--play_frames)")
     assert not list(tmp_path.rglob("*.npz")), "nothing was recorded in vain"
 
 
