@@ -72,7 +72,7 @@ def pack(parts, out, meta, segments=None):
     with writing(out), contextlib.ExitStack() as stack:
         temporary.mkdir(parents=True)
         files = {}
-        size = len(np.load(parts[0])["rgb_static"][0])
+        size = np.load(parts[0])["rgb_static"].shape[1]
         for part, length in zip(parts, lengths):
             with np.load(part) as episode:
                 frames = {key: episode[key] for key in FIELDS if key in episode or key not in OPTIONAL}
@@ -87,7 +87,7 @@ def pack(parts, out, meta, segments=None):
                     raise InputError(f"{part} holds an action of {np.abs(values).max():g}: give -1 to 1")
                 if key not in files:
                     files[key] = stack.enter_context(open(temporary / f"{key}.npy", "wb"))
-                    npy_start(files[key], (int(ends[-1]), *values.shape[1:]), dtype)
+                    npy_start(files[key], (int(ends[-1]), *shape), dtype)
                 files[key].write(np.ascontiguousarray(values, dtype))
         np.save(temporary / "ep_start_end_ids.npy", ids)
         placed = []

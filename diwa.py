@@ -479,12 +479,12 @@ def world_model_loss(wm, batch, cfg):
 #    demonstrated chunk.  For PPO (section 6) each of the last K' steps is a Gaussian whose log-density we can
 #    write down; that is the whole trick of DPPO.  The paper counts steps k = K..1, the code t = k - 1:
 #
-#        paper's k     code's t      turns           into          net    std, explore         std, else
+#        paper's k     code's t      turns           into          net    std, exploring        std, acting
 #        K ... K'+1    K-1 ... K'    noise           chain[0]      base   max(sigma, ft_std)    sigma
 #        K' ... 2      K'-1 ... 1    chain[K'-1-t]   chain[K'-t]   net    max(sigma, ft_std)    sigma
 #        1             0             chain[K'-1]     chain[K']     net    ft_std                0
 #
-#    The log-probability uses explore's std.  With K = 20 sigma is .076 or more at t > 0, 1e-10 at t = 0:
+#    The log-probability uses the exploring std.  With K = 20 sigma is .076 or more at t > 0, 1e-10 at t = 0:
 #    without the floor the last step would explore nothing, and its density be too sharp for a gradient.
 #    base is the cloned net, frozen; net is its copy that PPO trains; the arm gets chain[K'], clamped.
 

@@ -327,8 +327,8 @@ def from_official(rows):
     return f"{percent(np.mean(before))}, {rate(after)}"
 
 
-def mean_share(shares):
-    """Mean of those that were measured; a recording without scene state has none."""
+def mean_known(shares):
+    """Mean of the numbers that are known, "-" if none is: not every recording lets everything be measured."""
     known = [share for share in shares if share is not None]
     return f"{np.mean(known):.2f}" if known else "-"
 
@@ -373,7 +373,7 @@ def task_line(task, group, official):
         tuned += f" ({practised_in(steps)})"
     classifier = "-"
     if "classifier" in group[0]:
-        classifier = ", ".join(map(mean_share, zip(*[r["classifier"] for r in group])))
+        classifier = ", ".join(map(mean_known, zip(*[r["classifier"] for r in group])))
     cells = [
         task,
         ", ".join(str(r["seed"]) for r in group),
@@ -383,7 +383,7 @@ def task_line(task, group, official):
         difference(before, after)[0],
         *[from_official(group)] * official,
         opinion(group),
-        mean_share([r["replay_share"].get(task) for r in group]),
+        mean_known([r["replay_share"].get(task) for r in group]),
         pooled_trust(group),
         classifier,
         published(task),
@@ -415,7 +415,7 @@ def together(rows, official):
     """The table's last line, and a sentence below it: what several rows say together."""
     before, after, dream = (np.array([np.mean(r[k]) for r in rows]) for k in ("before", "after", "dream"))
     pairs = [np.concatenate([r[key] for r in rows]) for key in ("before", "after")]
-    share = mean_share([share for r in rows for share in r["replay_share"].values()])
+    share = mean_known([share for r in rows for share in r["replay_share"].values()])
     judged = max(len(r["replay_share"]) for r in rows)
     gap = 100 * np.abs(dream - after).mean()
     sentence = (f"Fine-tuning removed {removed(*pairs)} of what cloning fails "
@@ -519,18 +519,17 @@ def ablations(rows):
     variants = {}
     for row in rows:
         variants.setdefault(flags_of(row), []).append(row)
-    common = set.intersection(*map(set, variants))
-    default = {}
-    for flags, group in variants.items():
+    for group in variants.values():
         check_once(group)
-        if set(flags) == common:
-            default = {(r["task"], r["seed"]): r["after"] for r in group}
+    common = set.intersection(*map(set, variants))
+    base = next((flags for flags in variants if set(flags) == common), None)
+    default = {(r["task"], r["seed"]): r["after"] for r in variants.get(base, ())}
     lines = ["| changed | rows | n | cloned | fine-tuned | difference from the default's, same start states "
              "| dream minus simulator, points | min |", "|---" * 8 + "|"]
-    for flags in sorted(variants, key=lambda flags: (set(flags) != common, spelled(flags))):
+    for flags in sorted(variants, key=lambda flags: (flags != base, spelled(flags))):
         group = variants[flags]
         cloned, tuned = (np.concatenate([r[key] for r in group]) for key in ("before", "after"))
-        others = group if set(flags) != common else []
+        others = group if flags != base else []
         beside = [(default.get((r["task"], r["seed"])), r["after"]) for r in others]
         beside = [(a, b) for a, b in beside if a]
         if any(len(a) != len(b) for a, b in beside):
@@ -665,7 +664,7 @@ def classifier_lines(results):
         for where, name in (("real", "real frames"), ("dream", "dream")):
             precision, recall = precision_recall([v for r in rows for v in r[where]], truth)
             fired = f"{sum(any(r[where]) for r in failed)} of {len(failed)}"
-            known = f"{mean_share([precision])} | {mean_share([recall])}"
+            known = f"{mean_known([precision])} | {mean_known([recall])}"
             lines.append(f"| {policy} | {name} | {known} | {fired} |")
     lines += ["", "On real frames one verdict counts, in the dream two steps in a row, as in the reward."]
     return lines

@@ -134,6 +134,22 @@ def test_trust_counts_attempts_by_truth_and_verdict():
     assert report.trusted(tables) == ("1 of 3 in demonstrations, 5 of 11 in play", "10 of 22")
 
 
+def test_what_was_not_tested_is_no_zero():
+    """A task without a rule has no recorded failure, and a policy that is never believed no precision."""
+    assert report.trusted(dict(demonstrations=[[3, 1], [0, 0]], play=[[0, 0], [0, 0]])) == (
+        "3 of 4 in demonstrations", "not tested")
+    assert report.precision_recall([0, 0], [0, 1]) == [None, 0.0]
+    assert report.precision_recall([1, 0], [0, 0]) == [0.0, None]
+    assert report.mean_known([None, 0.5, 1.0]) == "0.75" and report.mean_known([None]) == "-"
+    assert report.rate([0] * 40).startswith("0 % [0, ")
+
+
+def test_each_seeds_own_difference():
+    rows = [dict(seed=seed, before=[0, 0, 1, 1], after=after)
+            for seed, after in ((1, [1, 1, 1, 1]), (0, [0, 0, 1, 1]), (0, [0, 1, 1, 1]))]
+    assert report.seeds_differences(rows) == " (seeds +12, +50)" and report.seeds_differences(rows[:1]) == ""
+
+
 def test_success_counts_when_it_shows_twice():
     """Two steps running, and never at the start."""
     seen = torch.tensor([[1, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 1.]])
@@ -230,8 +246,6 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
         report.ablations([*rows, row(1, dict(ft_bc=0.0), [1], [1], 1.0)])
     with pytest.raises(report.InputError, match="turn_on_led, seed 0, .*older version"):
         report.ablations([dict(task="turn_on_led", seed=0)])
-
-
     with pytest.raises(report.InputError, match="two rows of turn_on_led, seed 0"):
         report.ablations([*rows, rows[0]])
     # Flags that all rows have are the default's, too; those of another preset or simulator are a variant
