@@ -4,6 +4,7 @@ A student's function is tried in several situations beside the right one, which 
 (checks.py).  The verdict names the properties that hold and those that do not, shows the numbers where the
 first one fails, and if the answer is the same as a known mistake's, says which mistake that is.
 """
+import argparse
 import importlib.util
 import sys
 import traceback
@@ -31,6 +32,7 @@ class Check(NamedTuple):
     lesson: str                     # what is worth remembering once it is right
 
 
+JUDGE_OURS = "take the answer in solutions/ instead"
 EMPTY = "nothing is there yet: replace the line `raise NotImplementedError` by your own"
 
 
@@ -109,10 +111,14 @@ def recognised(check, got, failed):
     return partly
 
 
-def judge(path):
+def judge(path, argv=None):
     """Print the verdict on the function in the file -> exit code: 0 when it is right, else 1."""
     from checks import CHECKS
+    parser = argparse.ArgumentParser(description="a function to write; see the file's first lines")
+    parser.add_argument("--solution", action="store_true", help=JUDGE_OURS)
+    args = parser.parse_args(argv)
     check = CHECKS[Path(path).stem]
-    right, lines = verdict(check, getattr(load(path), check.name))
+    file = HERE / "solutions" / Path(path).name if args.solution else path
+    right, lines = verdict(check, getattr(load(file), check.name))
     print("\n".join(lines))
     return 0 if right else 1

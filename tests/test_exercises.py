@@ -28,9 +28,9 @@ def test_twelve_exercises_each_with_a_check_or_an_experiment_and_a_solution():
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_an_empty_exercise_says_so_and_its_solution_is_right(name, capsys):
-    assert verdict.judge(FOLDER / f"{name}.py") == 1
+    assert verdict.judge(FOLDER / f"{name}.py", []) == 1
     assert "nothing is there yet" in capsys.readouterr().out
-    assert verdict.judge(FOLDER / "solutions" / f"{name}.py") == 0
+    assert verdict.judge(FOLDER / f"{name}.py", ["--solution"]) == 0
     out = capsys.readouterr().out
     assert "right" in out and "NOT YET" not in out and CHECKS[name].lesson in out
 
@@ -143,7 +143,7 @@ def test_an_experiment_asks_for_predictions_and_compares_them(name, done, tmp_pa
     before = {path: path.stat().st_mtime_ns for path in (folder / "smoke").rglob("*")}
     flags = ["--runs", str(folder), "--run", "smoke", "--starts", "2"]
     flags += ["--ft_iterations", "2", "--eval_steps", "8"]
-    assert lab.judge(FOLDER / "solutions" / f"{name}.py", flags) == 0
+    assert lab.judge(FOLDER / f"{name}.py", [*flags, "--solution"]) == 0
     out = capsys.readouterr().out
     solution = verdict.load(FOLDER / "solutions" / f"{name}.py")
     assert all(f"| {key}: " in out for key in solution.SEEN) and solution.__doc__.strip() in out
@@ -177,7 +177,7 @@ def test_a_variant_is_of_the_run_as_it_is(done, tmp_path, monkeypatch):
 
 def test_an_experiment_says_what_is_wrong(tmp_path, capsys):
     flags = ["--runs", str(tmp_path), "--run", "class"]
-    assert lab.judge(FOLDER / "solutions" / "04_noise_schedule.py", flags) == 2
+    assert lab.judge(FOLDER / "04_noise_schedule.py", [*flags, "--solution"]) == 2
     assert "--preset class', or" in capsys.readouterr().out
     exercise = verdict.load(FOLDER / "04_noise_schedule.py")
     solution = verdict.load(FOLDER / "solutions" / "04_noise_schedule.py")
