@@ -32,11 +32,18 @@ def matches(success, target):
     return success > target - 1e-6
 
 
-def write_row(cfg, target, cloned, results):
-    """online_<task>.json: what the table and the figure show.
+ABOUT = """Practice in the simulator instead of the dream: the same PPO, from the same cloned policy, on the
+features of the same world model (DPPO). It went on until it was as good as the policy tuned in the dream,
+which took no step, from the learning curve's start states, or until its budget was spent; "online" is its
+success from the reported ones. Both need the recorded frames: play serves all tasks, the demonstrations one.
+"""
+
+
+def write_row(cfg, target, cloned, taken, results):
+    """online_<task>.json: what the table and the figure show; and online_<task>.md, the rival's report.
 
     target, cloned: success of the policy tuned in the dream and of the cloned one from the learning curve's
-    start states; results: {policy: success from each reported start state}"""
+    start states; taken: simulator steps; results: {policy: success from each reported start state}"""
     steps, success = (read_log(cfg, "online", metric)[1] for metric in ("steps", "success"))
     row = dict(
         task=cfg.task,
@@ -46,14 +53,17 @@ def write_row(cfg, target, cloned, results):
         recorded={name: len(load(cfg, name)) for name in ("play", "demos")},
         target=target,
         matched=matches(success[-1], target),
-        steps=[0, *map(int, steps)],
+        steps=[0, *map(int, steps[:-1]), taken],            # a log has six digits
         curve=[cloned, *success],
         success=results,
         versions=versions(cfg),
     )
     path = output(cfg, "online").with_suffix(".json")
     write_atomic(path, lambda p: p.write_text(json.dumps(row)))
-    print("\n".join(["", *table([row]), "", str(path)]))
+    page = path.with_suffix(".md")
+    lines = [f"# {cfg.task}: the online rival", "", ABOUT, *table([row]), ""]
+    write_atomic(page, lambda p: p.write_text("\n".join(lines)))
+    print("\n".join(["", *lines[2:], f"report: {page}"]))
 
 
 def table(rows):

@@ -226,5 +226,5 @@ class Rival:
         seed_everything("evaluate", int(self.reported[0]))
         results = {name: [e["success"] for e in rows] for name, rows in self.evaluation["results"].items()}
         results["online"] = self.env.successes(actor, self.reported).tolist()
-        interactions.write_row(self.cfg, self.target, self.curve["0"], results)
+        interactions.write_row(self.cfg, self.target, self.curve["0"], self.env.simulator_steps, results)
         return dict(results=results)

@@ -39,6 +39,7 @@ VARIANTS = {                                                # name: flags
     "wm_float32": "--wm_bf16 0",
     "iterations_72": "--ft_iterations 72",
     "last_weights": "--ft_ema 0",
+    "starts_early": "--ft_starts .25",
 }
 
 

@@ -239,6 +239,19 @@ def test_film_scales_and_shifts_each_block():
     torch.testing.assert_close(torch.cat(list(given.values()), 1), net.time(t) + net.see(feature))
 
 
+def test_the_unet_hands_each_scale_across():
+    """What a block upwards reads ends with what the block downwards of the same scale gave."""
+    net = diwa.UNetDenoiser(tiny(), FEATURE)
+    gave = {}
+    read = {}
+    for i in (0, 1):
+        net.down[i].register_forward_hook(lambda _, inputs, output, i=i: gave.update({i: output}))
+        net.up[i].register_forward_pre_hook(lambda _, inputs, i=i: read.update({1 - i: inputs[0]}))
+    net(torch.randn(3, 4, 7), torch.tensor([0, 5, 19]), net.see(torch.randn(3, FEATURE)))
+    for i, channels in ((0, 64), (1, 128)):
+        assert gave[i].shape[1] == channels and torch.equal(read[i][:, -channels:], gave[i])
+
+
 def test_unet_refuses_odd_chunks():
     """The UNet halves the chunk twice; a chunk of 6 must be refused in words."""
     with pytest.raises(InputError, match="bc_chunk"):
@@ -587,6 +600,20 @@ def test_gaussian_actor():
     assert (actor.act(feature) == 0).all()
 
 
+def test_a_gaussian_is_cloned_by_its_mean():
+    """Its chunk is tanh(net), learned by the mean square; exploring noise has the std ft_std, within 3."""
+    actor = diwa.build_actor(tiny(bc_actor="gaussian"), FEATURE)
+    with torch.no_grad():
+        actor.net[-1].bias.add_(1.0)                        # no longer the base
+    feature = torch.randn(500, FEATURE)
+    chunk = torch.rand(500, 4, 7)
+    mean = torch.tanh(actor.net(feature)).view(500, 4, 7)
+    torch.testing.assert_close(actor.act(feature), mean.detach())
+    torch.testing.assert_close(actor.bc_loss(feature, chunk), (mean - chunk).square().mean())
+    noise = (actor.sample_chain(feature)[:, 1] - mean) / actor.cfg.ft_std
+    assert 2.9 < noise.abs().max() < 3.001 and 0.96 < noise.std() < 1.01
+
+
 def random_episodes(T=14, B=5):
     """Rewards, values and ends [T, B]; next_value is value[t + 1] except where an episode ends: there the
     true next feature has its own value."""
@@ -843,6 +870,24 @@ def test_half_precision_is_one_flag_on_both_kinds_of_device(monkeypatch, wanted,
         assert runs.half_precision(cfg, kind) == (kind, torch.bfloat16, on)
 
 
+def test_convolutions_are_in_half_precision_on_a_gpu(monkeypatch):
+    """Both cameras of the encoder, and the decoder, ask for it."""
+    cfg = tiny(wm_encoder="conv")
+    asked = []
+    half = diwa.half_precision
+
+    def noted(cfg, kind):
+        asked.append(kind)
+        return half(cfg, kind)
+
+    monkeypatch.setattr(diwa, "half_precision", noted)
+    wm = diwa.WorldModel(cfg)
+    wm.embed(observations(cfg))
+    assert asked == ["cuda"] * 2
+    wm.decoder(torch.randn(2, wm.feature_size))
+    assert asked == ["cuda"] * 3
+
+
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
 def test_dreams_are_as_exact_as_the_training(monkeypatch, latent):
     """wm_bf16: a dreamed step is bfloat16's where training is; the command and what is kept of the memory
@@ -898,6 +943,28 @@ def test_the_scene_state_is_read_from_the_features():
     error = 0.5 * (wm.state_head(feature) - batch["state"]).square().sum(-1)
     torch.testing.assert_close(metrics["state"], error.mean())
     assert diwa.WorldModel(tiny(wm_state=0.0)).state_head is None
+
+
+def test_what_the_heads_ask_for_is_learned_below_them():
+    """Told of the dreamed frames only, the state shapes the memory, and the guessed action the encoder."""
+    cfg = tiny(wm_decode=1.0, wm_context=4, wm_state=5.0, wm_inverse=1.0)
+    wm = diwa.WorldModel(cfg).eval()
+    batch = observations(cfg, B=5)
+    seen = {}
+    rollout = wm.rollout
+
+    def noted(*args):
+        seen.update(context=args[3], out=rollout(*args))
+        return seen["out"]
+
+    wm.rollout = noted
+    _, metrics = diwa.world_model_loss(wm, batch, cfg)
+    error = 0.5 * (wm.state_head(seen["out"][2]) - batch["state"]).square().sum(-1)
+    blind = torch.arange(6) >= seen["context"][:, None]
+    torch.testing.assert_close(metrics["open_state"], error[blind].mean())
+    for name, weight in (("state", wm.gru.linear.weight), ("inverse", wm.fuse[0].weight)):
+        (gradient,) = torch.autograd.grad(metrics[name], weight, retain_graph=True)
+        assert gradient.abs().sum() > 0, name
 
 
 def test_travel_is_about_unit_scale():
@@ -1093,6 +1160,15 @@ def test_classifier_loss_and_verdict():
         model.embedding[0].weight[:, :FEATURE] = 0                    # blind to the first: the change is left
     moved = model(first + 1, feature + 1)[1]
     torch.testing.assert_close(moved, model(first, feature)[1], atol=1e-4, rtol=1e-4)
+
+
+def test_what_succeeds_elsewhere_is_not_paid():
+    """Strict labels: of the three classes the second alone is a success."""
+    model = diwa.Classifier(tiny(reward_labels="strict"), FEATURE)
+    nn.init.zeros_(model.head.weight)
+    for winner, paid in ((0, 0.0), (1, 1.0), (2, 0.0)):
+        model.head.bias.data = F.one_hot(torch.tensor(winner), 3).float()
+        assert (model.success(torch.randn(4, FEATURE), torch.randn(4, FEATURE)) == paid).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1521,6 +1597,15 @@ def test_where_priors_disagree_the_reward_is_less(latent):
     assert doubt.min() > 0 and terminated.tolist() == [True] + [False] * 5
 
 
+def test_doubt_makes_no_success_undone():
+    """However great it is, a dream that succeeds has ended."""
+    cfg = tiny(wm_heads=3, ft_doubt=100.0)
+    env = dream(cfg, world(cfg), SimpleNamespace(success=lambda *a: torch.tensor([1.0, 0, 0, 0, 0, 0])))
+    env.reset()
+    _, reward, terminated, *_ = env.step(torch.randn(6, cfg.bc_chunk, 7))
+    assert (reward < 0).all() and terminated.tolist() == [True] + [False] * 5
+
+
 def test_heads_that_say_the_same_are_not_in_doubt():
     """A softmax does not hear what is added to all logits of a latent, and training never takes it away."""
     cfg = tiny(wm_latent="categorical", wm_heads=3, ft_doubt=0.5, wm_open=0.0)
@@ -1771,6 +1856,29 @@ def test_iteration_bookkeeping(monkeypatch):
     assert seen["advantage"].std().item() == pytest.approx(1, abs=1e-3)
     assert seen["chain"][:, -1].mean().item() == pytest.approx(-0.5, abs=0.05)
     assert seen["anchor"][:, -1].mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_anchor_is_what_the_cloned_policy_tries(monkeypatch):
+    """Its chains are drawn with the exploring std, by the frozen net, at what the rollout saw."""
+    cfg = tiny(ft_epochs=1, ft_minibatches=1)
+    wm = world(cfg)
+    env = dream(cfg, wm, Judge())
+    actor = diwa.build_actor(cfg, wm.feature_size)
+    actor.net = Perfect(actor, -0.5)
+    actor.base = Perfect(actor, 0.5)
+    critic = diwa.mlp([wm.feature_size, 8, 1], nn.Mish, norm=False)
+    seen = {}
+    loss = diwa.ppo_loss
+
+    def noted(cfg, actor, critic, batch):
+        seen.update(batch)
+        return loss(cfg, actor, critic, batch)
+
+    monkeypatch.setattr(diwa, "ppo_loss", noted)
+    diwa.ppo_iteration(cfg, env, actor, critic, torch.optim.AdamW(critic.parameters()))
+    last = seen["anchor"][:, -1]
+    assert last.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert last.std().item() == pytest.approx(cfg.ft_std, rel=0.1)
 
 
 def test_ppo_learns_a_bandit():

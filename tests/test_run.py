@@ -93,6 +93,63 @@ def test_labelled_play_is_compared_with_any_start(done, tmp_path, monkeypatch, l
     assert sum(apart) > 0.5 * sum(f >= 1_000_000 for f, _, _ in pairs)
 
 
+@pytest.mark.parametrize("labels", ["unlabelled", "demos"])
+def test_play_without_labels(done, tmp_path, monkeypatch, labels):
+    """Unlabelled, all of play is taken for failures, and weighs reward_play; `demos` leaves it out."""
+    folder = copy_run(done, tmp_path, "reward_*")
+    batches = []
+    loss = diwa.classifier_loss
+    views = diwa.WorldModel.watch_and_dream
+
+    def numbered(wm, recording, *args):                     # features that say which recording they are of
+        seen, dreamed, frames = views(wm, recording, *args)
+        of_play = float(len(recording.scene) == 1000)
+        return torch.full_like(seen, of_play), torch.full_like(dreamed, of_play), frames
+
+    def watched(model, first, feature, label, weight, cfg):
+        of_play = first[:, 0] == 1
+        assert of_play.any() == (labels == "unlabelled") and not label[of_play].any() and label.max() == 1
+        assert torch.equal(weight, torch.where(of_play, cfg.reward_play, 1.0))
+        batches.append(len(label))
+        return loss(model, first, feature, label, weight, cfg)
+
+    monkeypatch.setattr(diwa.WorldModel, "watch_and_dream", numbered)
+    monkeypatch.setattr(diwa, "classifier_loss", watched)
+    assert main(folder, "--stage", "reward", "--reward_updates", "3", "--reward_labels", labels) == 0
+    assert batches == [128 * (3 if labels == "unlabelled" else 2)] * 3
+
+
+def test_a_rule_learns_nothing(done, tmp_path, monkeypatch):
+    """reward_labels state: nothing is trained, and practice is paid by the rule."""
+    folder = copy_run(done, tmp_path, "reward_*", "finetune_*")
+    monkeypatch.setattr(diwa, "classifier_loss", None)
+    for stage in ("reward", "finetune"):
+        assert main(folder, "--reward_labels", "state", "--stage", stage) == 0
+    assert not torch.load(folder / "smoke" / "reward_close_drawer.pt", weights_only=True)["model"]
+
+
+def test_the_world_model_is_trained_as_its_flags_say(done, tmp_path, monkeypatch):
+    """wm_lr_end ends its learning rate, and every update is in half precision where there is one."""
+    folder = copy_run(done, tmp_path, "wm.pt")
+    ends = []
+    asked = []
+    rate = diwa.cosine_lr
+    half = diwa.half_precision
+
+    def noted_rate(*args, floor=0.1):
+        ends.append(floor)
+        return rate(*args, floor=floor)
+
+    def noted_half(cfg, kind):
+        asked.append(kind)
+        return half(cfg, kind)
+
+    monkeypatch.setattr(diwa, "cosine_lr", noted_rate)
+    monkeypatch.setattr(diwa, "half_precision", noted_half)
+    assert main(folder, "--stage", "wm", "--wm_lr_end", "0.7", "--wm_updates", "4") == 0
+    assert ends == [0.7] * 4 and asked == ["cpu"] * 4
+
+
 def test_changed_setting_is_named(done, capsys):
     """A stage refuses an input of other settings, and says which setting differs and what to type."""
     assert main(done, "--stage", "finetune", "--wm_h", "32") == 2
@@ -247,6 +304,14 @@ def test_checkpoint_with_code_inside_is_refused(done, tmp_path, capsys):
     (["--wm_updates", "many"], ["wm_updates", "many"]),
     (["--wm_length", "1"], ["--wm_length 1", "give 2"]),
     (["--ft_steps", "21", "--stage", "bc"], ["ft_steps"]),
+    (["--bc_net", "u"], ["--bc_net u", "mlp", "unet"]),
+    (["--bc_actor", "normal"], ["--bc_actor normal", "diffusion", "gaussian"]),
+    (["--reward_labels", "rule"], ["--reward_labels rule", "unlabelled", "strict"]),
+    (["--ft_twice", "2"], ["ft_twice", "2"]),
+    (["--wm_bf16", "2"], ["wm_bf16", "2"]),
+    (["--ft_ema", "1.5"], ["ft_ema", "1.5"]),
+    (["--wm_lr_end", "-1"], ["wm_lr_end", "-1"]),
+    (["--stage", "online", "--sim", "none"], ["--sim"]),
     (["--ft_iterations", "1"], ["ft_iterations", "ft_warmup"]),
     (["--stage", "eval", "--task", "turn_on_led"], ["missing", "--stage"]),
     (["--reward_labels", "state", "--wm_state", "0"], ["--wm_state 100"]),
@@ -331,6 +396,105 @@ def test_online_rival_runs(done):
     assert np.all(env.age == 0)
 
 
+def test_an_arm_that_succeeds_in_its_last_chunk_was_not_cut(done, monkeypatch):
+    """Nor does it bootstrap; and each new episode begins elsewhere, with no memory of the one before."""
+    cfg = config(done, "--ft_dreams", "2")
+    agent = diwa.load_agent(cfg, "bc")
+    arms = online.Arms(cfg, [calvin_sim.Tabletop(64) for _ in range(2)])
+    env = online.SimEnv(cfg, agent, [arms])
+    torch.manual_seed(1)
+    env.reset()
+    poses = [seen["robot_obs"].copy() for seen in arms.seen]
+    env.age[:] = env.horizon - 1
+    monkeypatch.setattr(calvin_sim, "success", lambda *a: True)
+    _, _, terminated, truncated, _ = env.step(torch.zeros(2, 4, 7))
+    assert terminated.all() and not truncated.any() and env.simulator_steps == 2
+    fresh = diwa.Agent(cfg, agent.wm, agent.actor)
+    fresh.reset(2)
+    fresh.observe(online.stacked(arms.seen))
+    torch.testing.assert_close(env.filter.h, fresh.h)
+    torch.manual_seed(2)
+    env.reset()
+    assert not np.array_equal(poses[0], arms.seen[0]["robot_obs"])
+    for sim in arms.sims:
+        sim.close()
+
+
+def test_steps_end_with_success_and_a_match_is_as_good(monkeypatch):
+    """An arm that has succeeded takes no more steps; the rule compares now with the first scene."""
+    class Sim:
+        def reset(self, *start):
+            return dict(scene_obs="closed")
+
+        def step(self, action, look):
+            return dict(scene_obs="open", robot_obs=0)
+
+    monkeypatch.setattr(calvin_sim, "success", lambda task, first, now: (first, now) == ("closed", "open"))
+    arms = online.Arms(SimpleNamespace(task="open_drawer", wm_stride=2), [Sim()])
+    arms.begin({0: ()})
+    assert arms.chunk({0: np.zeros((4, 7))})[0][1:] == (True, 1)
+    assert interactions.matches(0.95, 0.95) and not interactions.matches(0.925, 0.95)
+
+
+def test_the_rival_is_asked_on_other_starts_than_are_reported(done, monkeypatch):
+    """Whether it has matched is asked on the learning curve's starts; its row is of the reported ones."""
+    cfg = config(done)
+    asked = []
+
+    def successes(actor, seeds):
+        asked.append(list(seeds))
+        return torch.arange(len(seeds)) % 2 == 0
+
+    rival = online.Rival(cfg, SimpleNamespace(simulator_steps=0, successes=successes))
+    rival.reached(None, {})
+    reported, others = evaluate.start_seeds(cfg)
+    rows = []
+    monkeypatch.setattr(interactions, "write_row", lambda *a: rows.append(a[-2:]))
+    rival.env.simulator_steps = 1_234_567
+    rival.judged(None)
+    assert asked == [list(others), list(reported)] and not set(others) & set(reported)
+    ((taken, success),) = rows
+    assert taken == 1_234_567 and success["online"] == [True, False, True, False]
+    results = json.loads((done / "smoke" / "eval_close_drawer.json").read_text())["results"]
+    for policy in ("bc", "tuned"):
+        assert success[policy] == [episode["success"] for episode in results[policy]]
+    # 500,000 steps, of 16 arms x 6 chunks x 4 actions an iteration
+    assert rival.iterations == 1303
+
+
+def test_the_rival_begins_with_the_cloned_policy(done, monkeypatch):
+    """In as many processes as there are workers, and no more than there are arms."""
+    asked = []
+    monkeypatch.setattr(diwa, "load_agent", lambda cfg, policy: asked.append(policy) or SimpleNamespace(
+        wm=None, actor=None))
+    monkeypatch.setattr(diwa, "finetune", lambda *a: None)
+    monkeypatch.setattr(online, "ArmsElsewhere", lambda cfg, arms: arms)
+    diwa.stage_online(config(done))
+    assert asked == ["bc"]
+    assert online.simulators(config(done, "--workers", "3")) == [6, 6, 6]
+    assert online.simulators(config(done, "--workers", "9", "--ft_dreams", "2")) == [1, 1]
+
+
+def test_a_killed_rival_ends_as_if_nothing_had_happened(done, tmp_path, capsys):
+    """kill -9 in the middle, the same command again: the same weights, and no step is forgotten."""
+    results = []
+    for kind in ("whole", "killed"):
+        folder = copy_run(done, tmp_path / kind)
+        path = folder / "smoke" / "eval_close_drawer.json"
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), curve={"0": 0.0, "2": 1.1})))
+        flags = ["--stage", "online", "--online_steps", "700"]
+        if kind == "killed":
+            assert shell(*TINY, "--runs", folder, *flags, code=KILLED).returncode == -signal.SIGKILL
+        assert main(folder, *flags) == 0
+        results.append(torch.load(folder / "smoke" / "online_close_drawer.pt", weights_only=True))
+        row = json.loads((folder / "smoke" / "online_close_drawer.json").read_text())
+        assert len(row["steps"]) == 3 and row["steps"][-1] == results[-1]["simulator_steps"]
+    assert "resumes at" in capsys.readouterr().out
+    whole, killed = results
+    assert whole["simulator_steps"] == killed["simulator_steps"] > 500
+    assert all(torch.equal(whole["actor"][k], killed["actor"][k]) for k in whole["actor"])
+
+
 def test_arms_may_be_grouped_in_any_way(done):
     """Starts and noise are drawn in one place, so two groups, or processes, do what one does."""
     cfg = config(done, "--ft_dreams", "3")
@@ -346,7 +510,8 @@ def test_arms_may_be_grouped_in_any_way(done):
         rows = [[env.reset()]]
         for _ in range(3):
             rows.append(env.step(agent.actor.sample_chain(rows[-1][0])[:, -1]))
-        rows.append([env.successes(agent.actor, [7000, 7001, 7002, 7003])])
+        judged = SimpleNamespace(act=agent.actor.act)       # acting only: what judges does not explore
+        rows.append([env.successes(judged, [7000, 7001, 7002, 7003])])
         assert len(rows[-1][0]) == 4, "more seeds than arms"
         results.append([value for row in rows for value in row])
         assert env.simulator_steps == 3 * 3 * 4 and env.horizon == 2, "what judges is not counted"
@@ -378,6 +543,8 @@ def test_the_online_rival_counts_its_steps(done, tmp_path, monkeypatch, capsys):
     assert row["recorded"]["play"] == 1000
     out = capsys.readouterr().out
     assert f"| {row['steps'][-1]:,} | 345,600 | 1,000;" in out
+    page = (folder / "smoke" / "online_close_drawer.md").read_text()
+    assert "Practice in the simulator" in page and interactions.table([row])[-1] in page
     assert "| close_drawer `--preset smoke --play_frames 1000 " in out, "a run may change, and the row stays"
     assert torch.load(folder / "smoke" / "online_close_drawer.pt", weights_only=True)["simulator_steps"] \
         == row["steps"][-1]
