@@ -16,7 +16,7 @@ import ablate
 import calvin_sim
 import diwa
 from data import Recording
-from support import report
+from support import interactions, report
 from support.runs import changed_settings, check_config, parse
 
 
@@ -179,6 +179,22 @@ def test_the_pages_show_what_the_rows_say(folder, page):
     kind = {"results": report.compact_table, "results/calvin": report.short_table}.get(folder)
     if kind:
         assert all(line in (ROOT / "README.md").read_text() for line in kind(rows))
+
+
+def test_the_pages_show_variants_and_rival_as_their_rows_say():
+    """Tables of --ablations and of the simulator's steps, from the committed rows."""
+    results = ROOT / "docs" / "results"
+    rows = []
+    for task in ablate.TASKS:
+        paths = [*results.glob(f"seed?_{task}.json"), *results.glob(f"ablations/*/seed?_{task}.json")]
+        rows += [json.loads(path.read_text()) for path in sorted(paths)]
+    text = (ROOT / "docs" / "EXPERIMENTS.md").read_text()
+    lines = report.ablations(rows)
+    assert len(lines) > 20 and all(line in text for line in lines)
+    rows = [json.loads(path.read_text()) for path in sorted(results.glob("online/*.json"))]
+    text = (ROOT / "docs" / "RESULTS.md").read_text()
+    lines = interactions.table(rows)
+    assert len(lines) == 14 and all(line in text for line in lines)
 
 
 def test_share_of_failures_removed():
