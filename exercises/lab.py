@@ -168,7 +168,7 @@ def compare(exercise, solution, seen):
             continue
         word = "near" if off <= 10 else f"off by {off:.0f}"
         if not min(ours) - 15 <= value <= max(ours) + 15:
-            word += "; and here is unlike ours, which are of --preset class, by an older default"
+            word += "; and here is unlike ours, which are of --preset class"
         spread = ", ".join(f"{one:.0f}" for one in ours)
         lines.append(f"| {key}: {exercise.WHAT[key]} | {said:.0f} % | {value:.0f} % | {spread} % | {word} |")
     return [*lines, "", solution.__doc__.strip()]
