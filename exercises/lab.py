@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-from verdict import HERE, JUDGE_OURS, load                  # which also finds diwa.py
+from verdict import HERE, load                              # which also finds diwa.py
 
 import calvin_sim
 import diwa
@@ -182,7 +182,7 @@ def judge(path, argv=None):
     parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="where run folders are kept")
     parser.add_argument("--run", default="class", help="the run that it is about")
     parser.add_argument("--starts", type=int, default=100, help="start states a policy; 100 are +- 9 points")
-    parser.add_argument("--solution", action="store_true", help=JUDGE_OURS)
+    parser.add_argument("--solution", action="store_true", help="predict what solutions/ does")
     args, more = parser.parse_known_args(argv)
     exercise = load(HERE / Path(path).name)
     solution = load(HERE / "solutions" / Path(path).name)

@@ -32,7 +32,6 @@ class Check(NamedTuple):
     lesson: str                     # what is worth remembering once it is right
 
 
-JUDGE_OURS = "take the answer in solutions/ instead"
 EMPTY = "nothing is there yet: replace the line `raise NotImplementedError` by your own"
 
 
@@ -115,7 +114,7 @@ def judge(path, argv=None):
     """Print the verdict on the function in the file -> exit code: 0 when it is right, else 1."""
     from checks import CHECKS
     parser = argparse.ArgumentParser(description="a function to write; see the file's first lines")
-    parser.add_argument("--solution", action="store_true", help=JUDGE_OURS)
+    parser.add_argument("--solution", action="store_true", help="judge the answer in solutions/ instead")
     args = parser.parse_args(argv)
     check = CHECKS[Path(path).stem]
     file = HERE / "solutions" / Path(path).name if args.solution else path

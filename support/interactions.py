@@ -33,9 +33,10 @@ def matches(success, target):
 
 
 ABOUT = """Practice in the simulator instead of the dream: the same PPO, from the same cloned policy, on the
-features of the same world model (DPPO). It went on until it was as good as the policy tuned in the dream,
-which took no step, from the learning curve's start states, or until its budget was spent; "online" is its
-success from the reported ones. Both need the recorded frames: play serves all tasks, the demonstrations one.
+features of the same world model (DPPO). It practised until, from the learning curve's start states, it was as
+good as the policy tuned in the dream (which took no simulator step), or until its budget was spent. "online"
+is its success from the reported start states. Both policies need recorded frames: play serves all tasks, the
+demonstrations one.
 """
 
 
@@ -53,7 +54,7 @@ def write_row(cfg, target, cloned, taken, results):
         recorded={name: len(load(cfg, name)) for name in ("play", "demos")},
         target=target,
         matched=matches(success[-1], target),
-        steps=[0, *map(int, steps[:-1]), taken],            # a log has six digits
+        steps=[0, *map(int, steps[:-1]), taken],            # a log has six digits: the last is exact
         curve=[cloned, *success],
         success=results,
         versions=versions(cfg),

@@ -147,6 +147,8 @@ def test_an_experiment_asks_for_predictions_and_compares_them(name, done, tmp_pa
     out = capsys.readouterr().out
     solution = verdict.load(FOLDER / "solutions" / f"{name}.py")
     assert all(f"| {key}: " in out for key in solution.SEEN) and solution.__doc__.strip() in out
+    for key, said in solution.PREDICTION.items():
+        assert any(f"| {key}: " in line and f" | {said}" in line for line in out.splitlines())
     assert {path: path.stat().st_mtime_ns for path in (folder / "smoke").rglob("*")} == before
     assert lab.judge(FOLDER / f"{name}.py", flags) == 1
     assert "write down first what you expect" in capsys.readouterr().out

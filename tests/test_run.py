@@ -120,7 +120,7 @@ def test_play_without_labels(done, tmp_path, monkeypatch, labels):
 
 
 def test_a_rule_learns_nothing(done, tmp_path, monkeypatch):
-    """reward_labels state: nothing is trained, and practice is paid by the rule."""
+    """reward_labels state: nothing is trained, and practice runs without a classifier."""
     folder = copy_run(done, tmp_path, "reward_*", "finetune_*")
     monkeypatch.setattr(diwa, "classifier_loss", None)
     for stage in ("reward", "finetune"):
