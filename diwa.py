@@ -373,26 +373,26 @@ class WorldModel(nn.Module):
         embedding [B, T, E]; action, command [B, T, stride * 7] (what led to the frame); context [B]: steps
         that the dreaming stream may watch before it uses the prior alone, or None for no such stream.
         -> posterior features, (posteriors, priors) [B, T, stats_size], dreamed features [B, T, D] or None"""
-        B, T = action.shape[:2]
         streams = 1 if context is None else 2
-        h, z = self.initial(streams * B, action.device)
+        h, z = self.initial(streams * len(action), action.device)
         moved = self.moved(self.add_noise(action, 3), self.add_noise(command)).repeat(streams, 1, 1)
         from_e = self.post_e(embedding)                     # what needs no recurrence, for all T at once
         steps = []
-        for t in range(T):
-            h = self.transition(h, z, moved[:, t])
-            post = self.post_out(self.post_h(h[:B]) + from_e[:, t])
+        # unbind and chunk, for the gradient of each [:, t] would be a zero tensor for all T, to be added up
+        for t, (moved_t, from_e_t) in enumerate(zip(moved.unbind(1), from_e.unbind(1))):
+            h = self.transition(h, z, moved_t)
+            h_watched, *h_dreamed = h.chunk(streams)                                      # [B, h] each
+            post = self.post_out(self.post_h(h_watched) + from_e_t)
             z = sample_latent(post, self.cfg)
-            if streams == 2:
+            if h_dreamed:
                 watching = (t < context)[:, None]                                         # [B, 1]
-                dreamed = sample_latent(self.prior(h[B:]), self.cfg)
+                dreamed = sample_latent(self.prior(*h_dreamed), self.cfg)
                 z = torch.cat([z, torch.where(watching, z, dreamed)])       # so h is the same until then
             steps.append((h, z, post))
         hs, zs, posts = (torch.stack(x, 1) for x in zip(*steps))
-        last = command[..., -ACTION:].repeat(streams, 1, 1)
-        feature = torch.cat([hs, zs, last], -1)                           # [streams * B, T, D]
-        dreamed = feature[B:] if streams == 2 else None
-        return feature[:B], (posts, self.prior(hs[:B])), dreamed
+        feature = torch.cat([hs, zs, command[..., -ACTION:].repeat(streams, 1, 1)], -1)  # [streams * B, T, D]
+        watched, *dreamed = feature.chunk(streams)
+        return watched, (posts, self.prior(hs.chunk(streams)[0])), dreamed[0] if dreamed else None
 
     def proprio(self, feature):
         """What the model believes of the robot's own state [..., 15]; the pose lags behind the command."""
