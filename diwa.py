@@ -46,7 +46,7 @@ from support.files import InputError
 from support.linear import LinearCodec, likeness
 from support.presets import PRESETS
 from support.record import stage_demos, stage_play
-from support.runs import (RunSettings, Snapshots, Updates, check_config, command_line, cosine_lr,
+from support.runs import (RunSettings, Snapshots, Updates, cast_once, check_config, command_line, cosine_lr,
                           half_precision, heldout_recording, load, output, parse, policy_weights, restore,
                           save_result, seed_everything)
 
@@ -761,12 +761,12 @@ class DreamEnv:
         """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from.
         The zero state, one frame, the posterior: always the same for a frame, so that is done here."""
         self.cfg = cfg
-        self.wm = wm
         self.classifier = classifier
         commands = command.repeat(1, cfg.wm_stride)         # [M, stride * 7]: as if it had stood still
         with torch.no_grad():
             h = wm.step(*wm.initial(len(command), command.device), torch.zeros_like(commands), commands)
             self.bank = (h, wm.posterior(h, embedding), command, target)
+        self.wm = cast_once(cfg, "cpu", copy.deepcopy(wm), ("from_z", "from_action", "gru", "prior"))
 
     def draw(self, n):
         """Fresh starts: one recorded frame each, and a guess from its posterior."""

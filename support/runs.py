@@ -506,8 +506,22 @@ def cosine_lr(optimizer, peak, step, total, warmup=100, floor=0.1):
 def half_precision(cfg, device):
     """bfloat16 for the matrices and convolutions of a `with` block that runs on this kind of device, if the
     device has it and wm_bf16 is on; what sums stays in float32."""
-    wanted = cfg.wm_bf16 and cfg.device == device
-    return torch.autocast(device, torch.bfloat16, enabled=bool(wanted) and has_bfloat16(device))
+    return torch.autocast(device, torch.bfloat16, enabled=in_half(cfg, device))
+
+
+def in_half(cfg, device):
+    return bool(cfg.wm_bf16 and cfg.device == device) and has_bfloat16(device)
+
+
+def cast_once(cfg, device, model, parts):
+    """The matrices in these parts of a frozen model, cast for good to what half_precision would cast them to
+    at every use: autocast keeps a cast only of weights that learn.  The same numbers, sooner -> model, whose
+    parts work under half_precision alone from then on."""
+    layers = [layer for part in parts for layer in getattr(model, part).modules()]
+    for layer in layers:
+        if in_half(cfg, device) and isinstance(layer, torch.nn.Linear):
+            layer.to(torch.bfloat16)
+    return model
 
 
 def has_bfloat16(device):

@@ -913,6 +913,29 @@ def test_dreams_are_as_exact_as_the_training(monkeypatch, latent):
     assert {value.dtype for value in new[1].values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("latent", ["gaussian", "categorical"])
+def test_a_dream_casts_its_matrices_once(monkeypatch, latent, wanted):
+    """The cell and the prior of a dream are bfloat16 beforehand, not at each step: the same numbers, and the
+    model that the robot watches with stays as it is."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    cfg = tiny(wm_latent=latent, wm_bf16=wanted)
+    wm = world(cfg)
+    env = dream(cfg, wm)
+    half = torch.bfloat16 if wanted else torch.float32
+    matrices = (env.wm.from_z, env.wm.from_action, env.wm.gru.linear, env.wm.prior[0], env.wm.prior[-1])
+    assert {layer.weight.dtype for layer in matrices} == {half}
+    assert {p.dtype for p in (*wm.parameters(), *env.wm.pose_head.parameters())} == {torch.float32}
+    chunk = torch.rand(cfg.ft_dreams, cfg.bc_chunk, 7) * 2 - 1
+    seen = []
+    for dreamer in (env.wm, wm):                            # the second casts at each step
+        env.wm = dreamer
+        torch.manual_seed(1)
+        env.reset()
+        seen.append([env.step(chunk)[0] for _ in range(3)])
+    torch.testing.assert_close(*seen, rtol=0, atol=0)
+
+
 def test_an_action_is_guessed_from_two_pictures():
     """WAM's term: the mean absolute error of what the head says of two consecutive embeddings, without the
     proprioception in them, against the actions between the two."""
@@ -1496,8 +1519,8 @@ def test_a_dream_misplaces_the_arm_unseen():
     """What the world model hears is shifted by the same few millimetres for a whole dream, each dream by its
     own; what the policy sees is not."""
     cfg = tiny(ft_shift=0.01)
-    wm = world(cfg)
-    env = dream(cfg, wm)
+    env = dream(cfg, world(cfg))
+    wm = env.wm                                             # the dream's own copy
     heard = []
     tell = wm.step
 
