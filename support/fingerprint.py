@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 METHOD = ("diwa", "calvin_sim", "data", "support.calvin_real", "support.evaluate", "support.expert",
           "support.linear", "support.online", "support.tabletop_model")
 # of those passed on the way, but not counted
-COUNTED = ("cosine_lr", "cut_recording", "first_seed", "half_precision", "held_out", "seed_everything")
+COUNTED = ("cast_once", "cosine_lr", "cut_recording", "first_seed", "half_precision", "has_bfloat16",
+           "held_out", "in_half", "seed_everything")
 PASSED = ("support.record", "support.runs", "support.report", "support.interactions", "support.files",
           "support.presets")
 
