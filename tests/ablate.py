@@ -36,7 +36,6 @@ VARIANTS = {                                                # name: flags
     "doubt": "--wm_heads 4 --ft_doubt 1",
     "wm_lr_constant": "--wm_lr_end 1",
     "wm_categorical": "--wm_latent categorical --wm_z 16 --wm_classes 16 --wm_kl .1",
-    "wm_categorical_32x8": "--wm_latent categorical --wm_z 32 --wm_classes 8 --wm_kl .03",
     "wm_float32": "--wm_bf16 0",
     "iterations_72": "--ft_iterations 72",
     "last_weights": "--ft_ema 0",
