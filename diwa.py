@@ -378,21 +378,21 @@ class WorldModel(nn.Module):
         moved = self.moved(self.add_noise(action, 3), self.add_noise(command)).repeat(streams, 1, 1)
         from_e = self.post_e(embedding)                     # what needs no recurrence, for all T at once
         steps = []
-        # unbind and chunk, for the gradient of each [:, t] would be a zero tensor for all T, to be added up
+        # unbind, for the gradient of each [:, t] would be a zero tensor for all T, to be added up; so chunk
         for t, (moved_t, from_e_t) in enumerate(zip(moved.unbind(1), from_e.unbind(1))):
             h = self.transition(h, z, moved_t)
-            h_watched, *h_dreamed = h.chunk(streams)                                      # [B, h] each
-            post = self.post_out(self.post_h(h_watched) + from_e_t)
+            parts = h.chunk(streams)                                    # watched[, dreamed]: [B, h] each
+            post = self.post_out(self.post_h(parts[0]) + from_e_t)
             z = sample_latent(post, self.cfg)
-            if h_dreamed:
+            if streams == 2:
                 watching = (t < context)[:, None]                                         # [B, 1]
-                dreamed = sample_latent(self.prior(*h_dreamed), self.cfg)
+                dreamed = sample_latent(self.prior(parts[1]), self.cfg)
                 z = torch.cat([z, torch.where(watching, z, dreamed)])       # so h is the same until then
             steps.append((h, z, post))
         hs, zs, posts = (torch.stack(x, 1) for x in zip(*steps))
         feature = torch.cat([hs, zs, command[..., -ACTION:].repeat(streams, 1, 1)], -1)  # [streams * B, T, D]
-        watched, *dreamed = feature.chunk(streams)
-        return watched, (posts, self.prior(hs.chunk(streams)[0])), dreamed[0] if dreamed else None
+        parts = feature.chunk(streams)                                    # watched[, dreamed]: [B, T, D] each
+        return parts[0], (posts, self.prior(hs.chunk(streams)[0])), parts[1] if streams == 2 else None
 
     def proprio(self, feature):
         """What the model believes of the robot's own state [..., 15]; the pose lags behind the command."""
@@ -759,14 +759,14 @@ class DreamEnv:
     simulator_steps = 0                                     # a dream takes none; SimEnv counts its own
     def __init__(self, cfg, wm, classifier, embedding, command, target):
         """embedding [M, E], command [M, 7], target [M, 6]: recorded frames that a dream may start from.
-        The zero state, one frame, the posterior: always the same for a frame, so that is done here."""
+        The zero state, one frame, the posterior: always the same for a frame, so done here, as are casts."""
         self.cfg = cfg
         self.classifier = classifier
         commands = command.repeat(1, cfg.wm_stride)         # [M, stride * 7]: as if it had stood still
         with torch.no_grad():
             h = wm.step(*wm.initial(len(command), command.device), torch.zeros_like(commands), commands)
             self.bank = (h, wm.posterior(h, embedding), command, target)
-        self.wm = cast_once(cfg, "cpu", copy.deepcopy(wm), ("from_z", "from_action", "gru", "prior"))
+        self.wm = cast_once(cfg, "cpu", wm, ("from_z", "from_action", "gru", "prior"))
 
     def draw(self, n):
         """Fresh starts: one recorded frame each, and a guess from its posterior."""

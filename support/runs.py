@@ -10,6 +10,7 @@ difference.
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -510,17 +511,21 @@ def half_precision(cfg, device):
 
 
 def in_half(cfg, device):
+    """Is bfloat16 wanted, on this kind of device, and does the device have it?"""
     return bool(cfg.wm_bf16 and cfg.device == device) and has_bfloat16(device)
 
 
 def cast_once(cfg, device, model, parts):
-    """The matrices in these parts of a frozen model, cast for good to what half_precision would cast them to
-    at every use: autocast keeps a cast only of weights that learn.  The same numbers, sooner -> model, whose
-    parts work under half_precision alone from then on."""
-    layers = [layer for part in parts for layer in getattr(model, part).modules()]
-    for layer in layers:
-        if in_half(cfg, device) and isinstance(layer, torch.nn.Linear):
-            layer.to(torch.bfloat16)
+    """A copy of a frozen model, the matrices in these parts cast for good to what half_precision would cast
+    them to at every use: autocast keeps a cast only of weights that learn.  The same numbers, sooner; these
+    parts work under half_precision alone.  Where nothing is cast, the model itself."""
+    if not in_half(cfg, device):
+        return model
+    model = copy.deepcopy(model)
+    for part in parts:
+        for layer in getattr(model, part).modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.to(torch.bfloat16)
     return model
 
 
