@@ -2,7 +2,7 @@
 
 PRESETS = {
     "cpu": {},
-    "gpu": dict(wm_encoder="conv", wm_depth=16, wm_updates=5000),
+    "gpu": dict(wm_encoder="conv", wm_depth=16, wm_updates=5000, wm_batch=32, wm_lr=1e-3),
     "paper": dict(
         play_frames=500_000, wm_encoder="conv", wm_latent="categorical", wm_z=32, wm_h=1024, wm_hidden=1000,
         wm_embed=1024, wm_updates=2_000_000, wm_batch=50, wm_stride=1, wm_length=50, wm_lr=3e-4,
@@ -13,8 +13,8 @@ PRESETS = {
         ft_epochs=10, ft_minibatches=1, ft_actor_lr=1e-5, ft_gamma=0.999,
         ft_clip=0.01, ft_clip_first=0.001, ft_ema=0.0, ft_snapshot=70),
     "class": dict(
-        play_frames=40_000, play_tasks="move_slider_left,move_slider_right", wm_updates=1500, bc_updates=2000,
-        reward_updates=750, ft_iterations=18, ft_snapshot=3),
+        play_frames=40_000, play_tasks="move_slider_left,move_slider_right", wm_updates=1500, wm_batch=32,
+        wm_lr=1e-3, bc_updates=2000, reward_updates=750, ft_iterations=18, ft_snapshot=3),
     "smoke": dict(
         play_frames=2000, play_episode=200, play_replay=2, demo_count=8, wm_codes=64, wm_h=64, wm_hidden=64,
         wm_embed=64, wm_z=16, wm_updates=60, wm_batch=16, wm_length=20, bc_hidden=64, bc_updates=150,
@@ -26,7 +26,7 @@ PRESETS = {
 # world model see of CALVIN's door?", "Strict labels", "Twice the updates, in bfloat16", "Longer practice on
 # CALVIN")
 BY_SIMULATOR = {
-    "calvin": dict(reward_labels="strict", wm_updates=18_000, wm_latent="categorical", wm_z=32,
-                   ft_iterations=72, ft_ema=0.0, ft_snapshot=18),
+    "calvin": dict(reward_labels="strict", wm_updates=18_000, wm_batch=32, wm_lr=1e-3,
+                   wm_latent="categorical", wm_z=32, ft_iterations=72, ft_ema=0.0, ft_snapshot=18),
     "none": dict(wm_state=0.0),     # recordings of real robots know no scene state
 }
