@@ -549,6 +549,41 @@ def ablations(rows):
     return lines
 
 
+def beside(rows):
+    """What changed code, or a changed default, does: two rows of each task and seed, from the same start
+    states, what was given before what is, whatever flags each had."""
+    rows_of = {}
+    for row in rows:
+        rows_of.setdefault((row["task"], row["seed"]), []).append(row)
+    for (task, seed), pair in rows_of.items():
+        if len(pair) != 2 or len(pair[0]["after"]) != len(pair[1]["after"]):
+            raise InputError(f"{task}, seed {seed}: give two rows of the same --eval_episodes for each task "
+                             "and seed, first those that were, then those that are")
+    lines = ["| task | seeds | n | cloned, was and is | fine-tuned, was and is "
+             "| difference of the fine-tuned | dream and simulator apart, points "
+             "| classifier: precision, recall |", "|---" * 8 + "|"]
+    for task in [*tasks_in(rows), "all"]:
+        pairs = [pair for (name, _), pair in rows_of.items() if task in (name, "all")]
+        sides = list(zip(*pairs))                           # rows that were, rows that are
+        cloned, tuned = ([np.concatenate([row[key] for row in side]) for side in sides]
+                         for key in ("before", "after"))
+        gaps = [np.mean([abs(row["dream"] - np.mean(row["after"])) for row in side]) for side in sides]
+        knows = [map(mean_known, zip(*[row["classifier"] for row in side if "classifier" in row]))
+                 for side in sides]
+        cells = [
+            task,
+            ", ".join(str(seed) for seed in sorted({row["seed"] for row in sides[0]})),
+            str(len(tuned[0])),
+            ", ".join(f"{100 * np.mean(side):.1f} %" for side in cloned),
+            ", ".join(f"{100 * np.mean(side):.1f} %" for side in tuned),
+            difference(*tuned, digits=1)[0],
+            ", ".join(f"{100 * gap:.1f}" for gap in gaps),
+            "; ".join(", ".join(side) or "-" for side in knows),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def write(folder, task, settings, changed, versions, evaluation, judged, minutes, ends):
     """runs/<name>/report.md.
 
@@ -890,16 +925,16 @@ def main(paths):
     """Print the table of the given result rows -> the exit code.
 
     After --short and --compact the README's; after --ranges where the terms of their trainings ended; after
-    --ablations what changed settings do."""
+    --ablations what changed settings do, after --beside what changed code does."""
     try:
         kinds = {"--short": short_table, "--compact": compact_table, "--ranges": ranges,
-                 "--ablations": ablations}
+                 "--ablations": ablations, "--beside": beside}
         kind = paths[:1][0] if paths and paths[0] in kinds else None
         paths = paths[1:] if kind else paths
         if not paths:
             raise InputError("give the rows of some runs: python -m support.report runs/*/result_*.json")
         rows = [read_row(Path(path)) for path in paths]
-        if kind not in ("--ranges", "--ablations"):
+        if kind not in ("--ranges", "--ablations", "--beside"):
             check_alike(rows)
         print("\n".join(kinds.get(kind, table)(rows)))
     except (InputError, OSError) as error:
