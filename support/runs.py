@@ -1092,15 +1092,16 @@ DEMO_FRAMES = 75                                            # of a demonstration
 # Minutes of each stage on two cores of a server, at Config's own values and in float32; what --sim, bfloat16
 # and latents change of that is reckoned below
 REFERENCE = {
-    "tabletop": dict(play=3.7, demos=0.1, wm=11.2, bc=0.3, reward=0.5, finetune=1.4, eval=0.6),
-    "calvin": dict(play=39, demos=0.7, wm=9.4, bc=0.5, reward=0.8, finetune=1.45, eval=5.1),
+    "tabletop": dict(play=3.7, demos=0.1, wm=7.8, bc=0.3, reward=0.5, finetune=1.4, eval=0.6),
+    "calvin": dict(play=39, demos=0.7, wm=6.5, bc=0.5, reward=0.8, finetune=1.45, eval=5.1),
 }
+UPDATE_COSTS = 50                 # sequences' worth of time, whatever an update's batch is
 BFLOAT16_GAIN = 1.44              # times as many updates a minute on two threads, a fixed minute included
 CATEGORICAL_COST = 0.9            # of a Gaussian update's time on top, for 32 variables of 32 classes
 GROWS_WITH = dict(
     play=["play_frames"],
     demos=["demo_count"],
-    wm=["wm_updates", "wm_batch", "wm_length"],
+    wm=["wm_updates", "wm_length"],                         # and with the batch, see below
     bc=["bc_updates", "bc_batch"],
     reward=["reward_updates"],
     finetune=["ft_iterations", "ft_dreams", "ft_chunks"],
@@ -1117,6 +1118,7 @@ def expectation(cfg, tasks):
     for stage, reference in REFERENCE[cfg.sim].items():
         factors = [getattr(cfg, name) / defaults[name] for name in GROWS_WITH[stage]]
         minutes[stage] = reference * math.prod(factors)
+    minutes["wm"] *= (cfg.wm_batch + UPDATE_COSTS) / (defaults["wm_batch"] + UPDATE_COSTS)
     if cfg.wm_bf16 and has_bfloat16(cfg.device):
         minutes["wm"] /= BFLOAT16_GAIN
     if cfg.wm_latent == "categorical":

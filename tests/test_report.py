@@ -186,7 +186,7 @@ def test_the_pages_show_variants_and_rival_as_their_rows_say():
     results = ROOT / "docs" / "results"
     rows = []
     for task in ablate.TASKS:
-        paths = [*results.glob(f"seed?_{task}.json"), *results.glob(f"ablations/*/seed?_{task}.json")]
+        paths = [*results.glob(f"batch32/seed?_{task}.json"), *results.glob(f"ablations/*/seed?_{task}.json")]
         rows += [json.loads(path.read_text()) for path in sorted(paths)]
     text = (ROOT / "docs" / "EXPERIMENTS.md").read_text()
     lines = report.ablations(rows)
@@ -303,7 +303,7 @@ def test_rows_beside_rows_are_compared_start_by_start():
 def test_a_table_pools_seeds_of_one_recipe(capsys):
     """Rows of a variant beside the default's, or one row twice, would be pooled as one policy's."""
     default, gaussian = (ROOT / "docs" / "results" / name for name in (
-        "seed0_turn_on_led.json", "ablations/bc_gaussian/seed0_turn_on_led.json"))
+        "batch32/seed0_turn_on_led.json", "ablations/bc_gaussian/seed0_turn_on_led.json"))
     other = ROOT / "docs" / "results" / "calvin" / "seed1_turn_on_led.json"
     assert report.main([str(default)]) == report.main(["--ablations", str(default), str(gaussian)]) == 0
     for kind in ([], ["--short"], ["--compact"]):
