@@ -3,7 +3,8 @@ README's tables:
 
     python -m support.report docs/results/*.json
 
-prints the results table from the rows that runs left behind (result_<task>.json).
+prints the results table from the rows that runs left behind (result_<task>.json), and with another word
+before the rows other tables (see main).
 
 Nothing here acts, and nothing that acts is trained here; only a probe is, to read what a feature knows.
 """
@@ -550,15 +551,18 @@ def ablations(rows):
 
 
 def beside(rows):
-    """What changed code, or a changed default, does: two rows of each task and seed, from the same start
-    states, what was given before what is, whatever flags each had."""
+    """What changed code, or a changed default, does: two rows of each task and seed, whatever flags each had.
+
+    The one given first is what was.  The start states must be the same; that is not checked, but for their
+    number and simulator."""
     rows_of = {}
     for row in rows:
         rows_of.setdefault((row["task"], row["seed"]), []).append(row)
     for (task, seed), pair in rows_of.items():
-        if len(pair) != 2 or len(pair[0]["after"]) != len(pair[1]["after"]):
-            raise InputError(f"{task}, seed {seed}: give two rows of the same --eval_episodes for each task "
-                             "and seed, first those that were, then those that are")
+        exams = {(len(row["after"]), row["versions"].get("sim")) for row in pair}
+        if len(pair) != 2 or len(exams) != 1 or pair[0] == pair[1]:
+            raise InputError(f"{task}, seed {seed}: give two rows of the same --sim and --eval_episodes for "
+                             "each task and seed, first those that were, then those that are")
     lines = ["| task | seeds | n | cloned, was and is | fine-tuned, was and is "
              "| difference of the fine-tuned | dream and simulator apart, points "
              "| classifier: precision, recall |", "|---" * 8 + "|"]

@@ -1089,8 +1089,8 @@ def called_by_a_worker():
 
 
 DEMO_FRAMES = 75                                            # of a demonstration, about: for disk space
-# Minutes of each stage on two cores of a server, at Config's own values and in float32; what --sim, bfloat16
-# and latents change of that is reckoned below
+# Minutes of each stage on two cores of a server, at Config's own values and in float32 (wm: from those of
+# batches of 32); what --sim, bfloat16 and latents change of that is reckoned below
 REFERENCE = {
     "tabletop": dict(play=3.7, demos=0.1, wm=7.8, bc=0.3, reward=0.5, finetune=1.4, eval=0.6),
     "calvin": dict(play=39, demos=0.7, wm=6.5, bc=0.5, reward=0.8, finetune=1.45, eval=5.1),

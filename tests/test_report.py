@@ -279,23 +279,27 @@ def test_ablations_compare_with_the_default_on_the_same_starts():
 def test_rows_beside_rows_are_compared_start_by_start():
     """Two seeds, what was and what is: paired within task and seed, in whatever order they are given."""
     def row(task, seed, before, after, dream, **more):
-        return dict(task=task, seed=seed, before=before, after=after, dream=dream, **more)
+        return dict(task=task, seed=seed, before=before, after=after, dream=dream,
+                    versions=dict(sim="tabletop"), **more)
 
-    half = [0, 1] * 20
-    was = [row("turn_on_led", 0, half, half, 0.6, classifier=[0.5, None]),
-           row("turn_on_led", 1, half, half, 0.4, classifier=[0.7, 0.4])]
-    now = [row("turn_on_led", 1, [1] * 40, [0] * 40, 0.0, classifier=[1.0, 0.9]),
-           row("turn_on_led", 0, [1] * 40, [1] * 40, 0.5)]
+    none, even, odd, each = [0] * 40, [1, 0] * 20, [0, 1] * 20, [1] * 40
+    was = [row("turn_on_led", 0, even, none, 0.1, classifier=[0.5, None]),
+           row("turn_on_led", 1, odd, even, 0.4, classifier=[0.7, 0.4])]
+    now = [row("turn_on_led", 1, each, even, 0.5, classifier=[1.0, 0.9]),
+           row("turn_on_led", 0, each, odd, 1.0)]
     led, both = (line.strip("| ").split(" | ") for line in report.beside([*was, *now])[2:])
-    assert led == ["turn_on_led", "0, 1", "80", "50.0 %, 100.0 %", "50.0 %, 50.0 %",
-                   report.difference(half * 2, [1] * 40 + [0] * 40, 1)[0], "10.0, 25.0",
+    paired = report.difference(none + even, odd + even, 1)[0]           # seed 0 gained half, seed 1 nothing
+    assert paired != report.difference(none + even, even + odd, 1)[0]
+    assert led == ["turn_on_led", "0, 1", "80", "50.0 %, 100.0 %", "25.0 %, 50.0 %", paired, "10.0, 25.0",
                    "0.60, 0.40; 1.00, 0.90"]
-    assert led[5].startswith("+0.0 [") and both == ["all", *led[1:]]
-    other = [row("open_drawer", 2, [0] * 40, [0] * 40, 0.0), row("open_drawer", 2, [0] * 40, [1] * 40, 1.0)]
+    assert led[5].startswith("+25.0 [") and both == ["all", *led[1:]]
+    other = [row("open_drawer", 2, none, none, 0.0), row("open_drawer", 2, none, each, 1.0)]
     drawer, led, both = (line.strip("| ").split(" | ") for line in report.beside([*was, *other, *now])[2:])
     assert drawer[4] == "0.0 %, 100.0 %" and drawer[7] == "-; -" and both[1:3] == ["0, 1, 2", "120"]
     short = row("turn_on_led", 1, [1], [1], 1.0)
-    for wrong in ([*was, now[0]], [*was, *now, now[0]], [*was, short, now[1]]):
+    elsewhere = dict(now[0], versions=dict(sim="calvin"))
+    for wrong in ([*was, now[0]], [*was, *now, now[0]], [*was, short, now[1]], [*was, elsewhere, now[1]],
+                  [*was, *was]):
         with pytest.raises(report.InputError, match="turn_on_led, seed .: give two rows of the same"):
             report.beside(wrong)
 
@@ -306,6 +310,9 @@ def test_a_table_pools_seeds_of_one_recipe(capsys):
         "batch32/seed0_turn_on_led.json", "ablations/bc_gaussian/seed0_turn_on_led.json"))
     other = ROOT / "docs" / "results" / "calvin" / "seed1_turn_on_led.json"
     assert report.main([str(default)]) == report.main(["--ablations", str(default), str(gaussian)]) == 0
+    assert report.main(["--beside", str(default), str(gaussian)]) == 0
+    assert report.main(["--beside", str(default), str(other)]) == 2
+    assert "turn_on_led, seed 0: give two rows" in capsys.readouterr().err
     for kind in ([], ["--short"], ["--compact"]):
         for rows, words in (([default, gaussian], "--bc_actor gaussian"), ([default, other], "--sim calvin"),
                             ([default, default], "two rows of turn_on_led, seed 0")):
