@@ -372,9 +372,6 @@ def task_line(task, group, official):
         tuned += seeds_own(group, "after")
     if steps := sum(r.get("simulator_steps", 0) for r in group):
         tuned += f" ({practised_in(steps)})"
-    classifier = "-"
-    if "classifier" in group[0]:
-        classifier = ", ".join(map(mean_known, zip(*[r["classifier"] for r in group])))
     cells = [
         task,
         ", ".join(str(r["seed"]) for r in group),
@@ -386,11 +383,17 @@ def task_line(task, group, official):
         opinion(group),
         mean_known([r["replay_share"].get(task) for r in group]),
         pooled_trust(group),
-        classifier,
+        precision_recall(group),
         published(task),
         f"{np.mean([minutes_of(r) for r in group]):.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def precision_recall(rows):
+    """The classifier's precision and recall, means over the rows that know them."""
+    known = [r["classifier"] for r in rows if "classifier" in r]
+    return ", ".join(map(mean_known, zip(*known))) or "-"
 
 
 def seeds_own(group, key):
@@ -572,8 +575,6 @@ def beside(rows):
         cloned, tuned = ([np.concatenate([row[key] for row in side]) for side in sides]
                          for key in ("before", "after"))
         gaps = [np.mean([abs(row["dream"] - np.mean(row["after"])) for row in side]) for side in sides]
-        knows = [map(mean_known, zip(*[row["classifier"] for row in side if "classifier" in row]))
-                 for side in sides]
         cells = [
             task,
             ", ".join(str(seed) for seed in sorted({row["seed"] for row in sides[0]})),
@@ -582,7 +583,7 @@ def beside(rows):
             ", ".join(f"{100 * np.mean(side):.1f} %" for side in tuned),
             difference(*tuned, digits=1)[0],
             ", ".join(f"{100 * gap:.1f}" for gap in gaps),
-            "; ".join(", ".join(side) or "-" for side in knows),
+            "; ".join(map(precision_recall, sides)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
