@@ -383,14 +383,14 @@ def task_line(task, group, official):
         opinion(group),
         mean_known([r["replay_share"].get(task) for r in group]),
         pooled_trust(group),
-        precision_recall(group),
+        mean_classifier(group),
         published(task),
         f"{np.mean([minutes_of(r) for r in group]):.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def precision_recall(rows):
+def mean_classifier(rows):
     """The classifier's precision and recall, means over the rows that know them."""
     known = [r["classifier"] for r in rows if "classifier" in r]
     return ", ".join(map(mean_known, zip(*known))) or "-"
@@ -583,7 +583,7 @@ def beside(rows):
             ", ".join(f"{100 * np.mean(side):.1f} %" for side in tuned),
             difference(*tuned, digits=1)[0],
             ", ".join(f"{100 * gap:.1f}" for gap in gaps),
-            "; ".join(map(precision_recall, sides)),
+            "; ".join(map(mean_classifier, sides)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
