@@ -733,16 +733,16 @@ def test_a_run_says_what_it_will_take(monkeypatch):
 
     words = "--device", "cpu", "--preset", "cpu"
     monkeypatch.setattr(runs, "has_bfloat16", lambda device: False)
-    assert "play 3.7, wm 7.8; for each of 8 tasks demos 0.1" in line(*words)
-    assert "play 1.9, wm 15.6;" in line(*words, "--play_frames", "90000", "--wm_updates", "7000")
-    assert "wm 5.6;" in line(*words, "--wm_batch", "32") and "wm 3.9;" in line(*words, "--wm_length", "10")
+    assert "play 4.1, wm 9.4; for each of 8 tasks demos 0.1" in line(*words)
+    assert "play 2.0, wm 18.7;" in line(*words, "--play_frames", "90000", "--wm_updates", "7000")
+    assert "wm 6.7;" in line(*words, "--wm_batch", "32") and "wm 4.7;" in line(*words, "--wm_length", "10")
     assert "eval 0.3;" in line(*words, "--eval_episodes", "50")
-    assert "wm 14.8;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
+    assert "wm 17.8;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
     small = "--wm_latent", "categorical", "--wm_z", "16", "--wm_classes", "16"
-    assert "wm 9.6;" in line(*words, *small)
+    assert "wm 11.5;" in line(*words, *small)
     assert line(*words, "--wm_encoder", "conv") == ""
     monkeypatch.setattr(runs, "has_bfloat16", lambda device: True)
-    assert "wm 5.4;" in line(*words) and "wm 7.8;" in line(*words, "--wm_bf16", "0")
+    assert "wm 8.0;" in line(*words) and "wm 9.4;" in line(*words, "--wm_bf16", "0")
 
 
 class Staring:
