@@ -1089,8 +1089,8 @@ def called_by_a_worker():
 
 
 DEMO_FRAMES = 75                                            # of a demonstration, about: for disk space
-# Minutes of each stage at Config's own values on two quiet cores of a server (CALVIN: another's, from a longer
-# run), the world model in bfloat16; what batch, float32 and latents change of that is reckoned below
+# Minutes of each stage at Config's own values on two quiet cores of a server (CALVIN: another's, from a run
+# of 153), the world model in bfloat16; what batch, float32 and latents change of that is reckoned below
 REFERENCE = {
     "tabletop": dict(play=4.1, demos=0.1, wm=8.0, bc=0.3, reward=0.3, finetune=1.3, eval=0.6),
     "calvin": dict(play=39, demos=0.7, wm=4.5, bc=0.5, reward=0.8, finetune=1.45, eval=5.1),
