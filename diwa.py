@@ -68,7 +68,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     seed: int = 0                   # every random number of the run follows from it
     play_frames: int = 180_000      # recorded frames of play (paper: 500,000)
     demo_count: int = 50            # demonstrations of the task (paper: 50)
-    wm_updates: int = 3500          # gradient steps of the world model (paper: up to 2 M)
+    wm_updates: int = 2000          # gradient steps of the world model (paper: up to 2 M)
     reward_labels: str = "unlabelled"  # play fails; demos: no play (paper); predicate, strict, state: README
     ft_iterations: int = 36         # rollout + update (paper: about 770, at a tenth of the learning rate)
     ft_bc: float = 0.05             # alpha_BC, the leash to the cloned policy (paper: .05; ten demos: .01)
@@ -88,9 +88,9 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_hidden: int = 256            # width of the prior's and posterior's hidden layer (paper: 1000)
     wm_embed: int = 256             # width of an embedding's image part; proprioception adds 15
     wm_octaves: int = 3             # sines of the commanded position, finest wavelength 4 cm (paper: 0)
-    wm_batch: int = 64              # sequences per batch (paper: 50)
+    wm_batch: int = 128             # sequences per batch (paper: 50)
     wm_length: int = 20             # steps per sequence, wm_stride frames apart (paper: 50)
-    wm_lr: float = 2.5e-3           # AdamW's learning rate (paper: 3e-4)
+    wm_lr: float = 3e-3             # AdamW's learning rate (paper: 3e-4)
     wm_lr_end: float = 0.1          # its end, as a share of it, along a cosine (paper: 1, constant)
     wm_bf16: int = 1                # bfloat16 where a device has it: learning, dreams (CUDA: convolutions)
     wm_decay: float = 0.05          # weight decay (paper: 0.05)
