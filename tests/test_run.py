@@ -733,16 +733,16 @@ def test_a_run_says_what_it_will_take(monkeypatch):
 
     words = "--device", "cpu", "--preset", "cpu"
     monkeypatch.setattr(runs, "has_bfloat16", lambda device: False)
-    assert "play 4.1, wm 7.6; for each of 8 tasks demos 0.1" in line(*words)
-    assert "play 2.0, wm 15.2;" in line(*words, "--play_frames", "90000", "--wm_updates", "4000")
-    assert "wm 3.9;" in line(*words, "--wm_batch", "32") and "wm 3.8;" in line(*words, "--wm_length", "10")
+    assert "play 4.7, wm 10.1; for each of 8 tasks demos 0.1" in line(*words)
+    assert "play 2.4, wm 20.2;" in line(*words, "--play_frames", "90000", "--wm_updates", "4000")
+    assert "wm 5.2;" in line(*words, "--wm_batch", "32") and "wm 5.0;" in line(*words, "--wm_length", "10")
     assert "eval 0.3;" in line(*words, "--eval_episodes", "50")
-    assert "wm 14.4;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
+    assert "wm 19.2;" in line(*words, "--wm_latent", "categorical", "--wm_z", "32")
     small = "--wm_latent", "categorical", "--wm_z", "16", "--wm_classes", "16"
-    assert "wm 9.3;" in line(*words, *small)
+    assert "wm 12.3;" in line(*words, *small)
     assert line(*words, "--wm_encoder", "conv") == ""
     monkeypatch.setattr(runs, "has_bfloat16", lambda device: True)
-    assert "wm 6.5;" in line(*words) and "wm 7.6;" in line(*words, "--wm_bf16", "0")
+    assert "wm 8.4;" in line(*words) and "wm 10.1;" in line(*words, "--wm_bf16", "0")
 
 
 class Staring:
