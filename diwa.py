@@ -1,6 +1,6 @@
 """DiWA in one file: a diffusion policy that improves by practising inside a learned world model.
 
-    python diwa.py --stage all                     everything, some 15 minutes on two CPUs: runs/cpu/report.md
+    python diwa.py --stage all                     everything, some 17 minutes on two CPUs: runs/cpu/report.md
     python diwa.py --stage all --preset smoke      the same loop in a minute, to see that it installs
     python diwa.py --stage all --task turn_on_led  another of the eight tasks; play and world model stay
     python diwa.py --help                          every setting, its default and the paper's value

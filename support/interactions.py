@@ -80,7 +80,7 @@ def table(rows):
             steps = f"not in {steps}: {100 * max(row['curve']):.0f} % of {100 * row['target']:.0f} %"
         paper = f"{PAPER[row['task']]:,}" if row["task"] in PAPER else "-"
         recorded = f"{row['recorded']['play']:,}; {row['recorded']['demos']:,}"
-        flags = report.flags_of(row)                        # None of the rows that we keep: the default's
+        flags = report.flags_of(row)                        # none of the rows that we keep: a default's
         task = f"{row['task']} `{report.spelled(flags)}`" if flags else row["task"]
         cells = [task, str(row["seed"]), *rates, steps, paper, recorded]
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,6 +1,6 @@
 """presets.py: named sets of settings, each a difference to the defaults of diwa.Config."""
 
-PRESETS = {                         # batches of 128: measured with "cpu" on the tabletop alone
+PRESETS = {                         # the default's batches of 128 were tried on the tabletop alone
     "cpu": {},
     "gpu": dict(wm_encoder="conv", wm_depth=16, wm_updates=5000, wm_batch=32, wm_lr=1e-3),
     "paper": dict(

@@ -427,7 +427,7 @@ def together(rows, official):
                 f"dream and simulator differ by {gap:.0f} points on average")
     prices = [max(r["curve"].values()) - list(r["curve"].values())[-1] for r in rows if r["curve"]]
     if prices:
-        sentence += (f"; the best checkpoint in hindsight seems {100 * np.mean(prices):.0f} points better "
+        sentence += (f"; the best checkpoint in hindsight seems {100 * np.mean(prices):.1f} points better "
                      "than the last one, on the learning curve's starts (too many: a maximum picks luck)")
     mean_line = (f"| mean of {len(rows)} | | | {percent(before.mean())} | {percent(after.mean())} "
                  f"| {difference(*pairs)[0]}{seeds_differences(rows)} "

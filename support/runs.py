@@ -1089,15 +1089,15 @@ def called_by_a_worker():
 
 
 DEMO_FRAMES = 75                                            # of a demonstration, about: for disk space
-# Minutes of each stage at Config's own values on two idle cores of a server in a slow hour (CALVIN: another's,
-# from a run of 153), the world model in bfloat16; what batch, float32 and latents change is reckoned below
+# Minutes of each stage at Config's own values on two idle cores of a busy server (CALVIN: of another server,
+# from a run of 153), the world model in bfloat16; how batch, float32 and latents change them is below
 REFERENCE = {
-    "tabletop": dict(play=4.7, demos=0.1, wm=8.4, bc=0.5, reward=0.4, finetune=1.5, eval=0.6),
+    "tabletop": dict(play=4.7, demos=0.1, wm=8.4, bc=0.5, reward=0.4, finetune=1.5, eval=0.7),
     "calvin": dict(play=39, demos=0.7, wm=3.6, bc=0.5, reward=0.8, finetune=1.45, eval=5.1),
 }
 UPDATE_COSTS = 70                 # sequences' worth of time, whatever an update's batch is
 FLOAT32_COST = 1.2                # of bfloat16's time: two threads of a Xeon with AMX (an EPYC: 1.4 to 2)
-CATEGORICAL_COST = 0.9            # of a Gaussian update's time on top, for 32 variables of 32 classes
+CATEGORICAL_COST = 0.9            # of a Gaussian update's time on top: 32 x 32 on an EPYC (a Xeon: 0.8)
 GROWS_WITH = dict(
     play=["play_frames"],
     demos=["demo_count"],
