@@ -252,6 +252,7 @@ def write_report(cfg, load_agent):
     wm = agent.wm
     source, (a, b) = shown_span(cfg)
     recording = Recording(cfg, source)                      # one clip of it: no codes in advance
+    seed_everything(cfg.seed, "dream", cfg.task)            # the same film, whenever it is asked for
     seen, dreamed, frames = wm.watch_and_dream(recording, np.array([a]), b - a + 1)
     start = dreamed[:, :1].expand_as(dreamed)
     score = agent.classifier(start, dreamed)[1].softmax(-1)[0, :, 1].cpu().numpy()

@@ -722,10 +722,12 @@ def run_stage(cfg, stage, work):
         return
     for other in STAGES[stage][1]:
         load(cfg, other)
-    if change:
+    if settings or change:
         minutes = read_log(cfg, stage, "minutes")[1]
         took = f", which took {minutes[-1]:.1f} min last time" if minutes else ""
-        print(f"{stage}: {change[1]}; it is done again{took} (--keep {stage} would use it as it is)")
+        why = change[1] if change else ", ".join(f"{k} was {a}, is {b}" for k, (a, b) in settings.items())
+        kept = f" (--keep {stage} would use it as it is)" if change else ""
+        print(f"{stage}: {why}; it is done again{took}{kept}")
     if parallel.rank():
         return work(cfg)
     with alone(path, stage):
@@ -1134,7 +1136,7 @@ def expectation(cfg, tasks):
     frames = cfg.play_frames + demonstrations * DEMO_FRAMES
     gigabytes = frames * frame_bytes(cfg.image_size) / 1e9
     return (f"expected on two cores of a server, in minutes: {listed(shared)}; for each of {tasks} tasks "
-            f"{listed(each)}; together {total:.0f}, and {gigabytes:.1f} GB")
+            f"{listed(each)}; together {total:.{int(total < 10)}f}, and {gigabytes:.1f} GB")
 
 
 def run(cfg, stage_work):

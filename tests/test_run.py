@@ -157,6 +157,24 @@ def test_changed_setting_is_named(done, capsys):
     assert "wm_h=64" in message and "wm_h=32" in message and "--stage wm" in message
 
 
+def test_what_is_done_again_says_why(done, tmp_path, capsys):
+    """A stage whose own settings have changed is done again, and says which were which."""
+    folder = copy_run(done, tmp_path)
+    before = config(folder).bc_updates
+    assert main(folder, "--stage", "bc", "--bc_updates", "3") == 0
+    assert f"bc: bc_updates was {before}, is 3; it is done again, which took" in capsys.readouterr().out
+
+
+def test_a_report_made_again_is_the_same(done, tmp_path):
+    """Nothing in it depends on what was done before it, not even the dream in its film."""
+    folder = copy_run(done, tmp_path) / "smoke"
+    names = [f"dream_{config(tmp_path).task}.gif", "report.md"]
+    before = [(folder / name).read_bytes() for name in names]
+    (folder / names[0]).unlink()
+    assert main(tmp_path, "--stage", "report") == 0
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
 def test_offline_stages_step_no_simulator(done, tmp_path, monkeypatch):
     """From the recorded data to the fine-tuned policy nothing may touch a simulator."""
     folder = copy_run(done, tmp_path, "wm.pt", "bc_*", "reward_*", "finetune_*")
@@ -741,6 +759,7 @@ def test_a_run_says_what_it_will_take(monkeypatch):
     small = "--wm_latent", "categorical", "--wm_z", "16", "--wm_classes", "16"
     assert "wm 12.3;" in line(*words, *small)
     assert line(*words, "--wm_encoder", "conv") == ""
+    assert "together 1.2," in line(*words, "--preset", "smoke")
     monkeypatch.setattr(runs, "has_bfloat16", lambda device: True)
     assert "wm 8.4;" in line(*words) and "wm 10.1;" in line(*words, "--wm_bf16", "0")
 
