@@ -779,7 +779,7 @@ HEALTHY = {  # (stage, metric): a little wider than where the runs in docs/resul
     ("wm", "image"): (50, 125, "half the squared error of watched frames, summed over their codes"),
     ("wm", "open_image"): (60, 135, "the same of dreamed frames; far above image: the dream drifts"),
     ("wm", "kl"): (10, 70, "nats that a frame tells beyond the prior; near 0: the latent is not used"),
-    ("wm", "norm"): (100, 300, "gradient norm before clipping; rising: lower --wm_lr"),
+    ("wm", "norm"): (80, 300, "gradient norm before clipping; rising: lower --wm_lr"),
     ("bc", "loss"): (0.03, 0.07, "denoising error; near 1: nothing learned, near 0: demonstrations by heart"),
     ("reward", "contrast"): (4.8, 5.5, "NT-Xent; log of the batch at the start"),
     ("reward", "entropy"): (0, 0.06, "cross-entropy; .69: nothing learned, near 0: pairs by heart"),
