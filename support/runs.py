@@ -725,9 +725,12 @@ def run_stage(cfg, stage, work):
     if settings or change:
         minutes = read_log(cfg, stage, "minutes")[1]
         took = f", which took {minutes[-1]:.1f} min last time" if minutes else ""
-        why = change[1] if change else ", ".join(f"{k} was {a}, is {b}" for k, (a, b) in settings.items())
-        kept = f" (--keep {stage} would use it as it is)" if change else ""
-        print(f"{stage}: {why}; it is done again{took}{kept}")
+        if change:
+            why, instead = change[1], f" (--keep {stage} would use it as it is)"
+        else:
+            changed = [f"{name} was {then}, is {now}" for name, (then, now) in settings.items()]
+            why, instead = ", ".join(changed), ""
+        print(f"{stage}: {why}; it is done again{took}{instead}")
     if parallel.rank():
         return work(cfg)
     with alone(path, stage):
@@ -1135,8 +1138,9 @@ def expectation(cfg, tasks):
     demonstrations = tasks * cfg.demo_count + len(play_tasks(cfg)) * cfg.play_replay
     frames = cfg.play_frames + demonstrations * DEMO_FRAMES
     gigabytes = frames * frame_bytes(cfg.image_size) / 1e9
+    digits = 1 if total < 10 else 0
     return (f"expected on two cores of a server, in minutes: {listed(shared)}; for each of {tasks} tasks "
-            f"{listed(each)}; together {total:.{int(total < 10)}f}, and {gigabytes:.1f} GB")
+            f"{listed(each)}; together {total:.{digits}f}, and {gigabytes:.1f} GB")
 
 
 def run(cfg, stage_work):
