@@ -57,9 +57,8 @@ FIXTURES = 6                        # what moves or shines: slider, drawer, butt
 TIME = 16                           # size of a denoising step's embedding
 
 # 1  Config ==================================================================================================
-#    Every setting worth turning; the first eight are worth reading, the rest can wait until their section.  A
-#    field's prefix names its stage, which is done again when one of its fields, or of the stages it reads
-#    from, has changed.  Presets (support/presets.py) are differences to the defaults.
+#    Every setting; the first eight are worth turning.  A field's prefix names its stage, which is done again
+#    when one of its fields, or of the stages it reads from, has changed.  Sets of them: support/presets.py.
 
 @dataclass
 class Config(RunSettings):          # which adds the bookkeeping: --run, --preset, --sim, --data ...
@@ -486,7 +485,6 @@ def world_model_loss(wm, batch, cfg):
 #
 #    The log-probability uses the exploring std.  With K = 20 sigma is .076 or more at t > 0, 1e-10 at t = 0:
 #    without the floor the last step would explore nothing, and its density be too sharp for a gradient.
-#    base is the cloned net, frozen; net is its copy that PPO trains; the arm gets chain[K'], clamped.
 
 class TimeEmbedding(nn.Sequential):
     """A denoising step t [...], as sinusoids and through two layers -> [..., TIME]"""
@@ -502,21 +500,25 @@ class MLPDenoiser(nn.Module):
     """[chunk, time, feature] -> Linear -> one pre-activation residual block -> noise (DPPO's network)."""
     def __init__(self, cfg, feature_size):
         super().__init__()
-        flat = cfg.bc_chunk * ACTION
         n = cfg.bc_hidden
         self.time = TimeEmbedding()
-        self.first = nn.Linear(flat + TIME, n)              # one layer in two parts,
-        self.see = nn.Linear(feature_size, n, bias=False)   # for the feature is the same in all K steps
+        self.first = nn.Linear(cfg.bc_chunk * ACTION + TIME, n)         # one layer in two parts
+        self.from_feature = nn.Linear(feature_size, n, bias=False)
         self.l1 = nn.Linear(n, n)
         self.l2 = nn.Linear(n, n)
-        self.last = nn.Linear(n, flat)
+        self.last = nn.Linear(n, cfg.bc_chunk * ACTION)
+
+    def see(self, feature):
+        """What all K steps share: the feature's part, and l2 and last, which nothing parts, in one layer."""
+        return self.from_feature(feature), self.last.weight @ self.l2.weight, self.last(self.l2.bias)
 
     def forward(self, x, t, seen):
         """x [..., H, A], t [...], seen: see(feature), leading dimensions broadcast -> noise [..., H, A]"""
+        from_feature, thin, bias = seen                     # thin: [H * A, n], where l2 alone is [n, n]
         time = self.time(t).expand(*x.shape[:-2], -1)
-        y = self.first(torch.cat([x.flatten(-2), time], -1)) + seen
-        y = y + self.l2(F.mish(self.l1(F.mish(y))))
-        return self.last(y).view_as(x)
+        y = self.first(torch.cat([x.flatten(-2), time], -1)) + from_feature
+        inner = F.mish(self.l1(F.mish(y)))                  # what follows is last(y + l2(inner))
+        return (F.linear(y, self.last.weight) + F.linear(inner, thin, bias)).view_as(x)
 
 class FiLMBlock(nn.Module):
     """Two convolutions over the chunk, the channels between them scaled and shifted by film [N, 2 b]."""
@@ -537,8 +539,7 @@ class UNetDenoiser(nn.Module):
     def __init__(self, cfg, feature_size):
         super().__init__()
         n = (64, 128, 256)
-        # Each of the five blocks has its film, scales and shifts: a sum of what time and feature say to it
-        self.films = [2 * b for b in (*n, n[1], n[0])]
+        self.films = [2 * b for b in (*n, n[1], n[0])]    # scales and shifts of each block, from time + seen
         self.time = nn.Sequential(TimeEmbedding(), nn.Mish(), nn.Linear(TIME, sum(self.films)))
         self.see = nn.Sequential(nn.Mish(), nn.Linear(feature_size, sum(self.films), bias=False))
         self.down = nn.ModuleList([FiLMBlock(a, b) for a, b in ((ACTION, n[0]), n[:2], n[1:])])
@@ -621,7 +622,7 @@ class DiffusionActor(nn.Module):
         are geometric means (those of sums leave the clip range 28 times as soon).  feature [B, D],
         chain [B, K'+1, H, A] -> [B, K']; step j turns chain[j] into chain[j + 1], and t = K'-1-j."""
         t = torch.arange(self.ft_steps - 1, -1, -1, device=chain.device)                     # [K']
-        mean = self.mean(self.net, chain[:, :-1], t, self.net.see(feature)[:, None])      # [B, K', H, A]
+        mean = self.mean(self.net, chain[:, :-1], t, self.net.see(feature[:, None]))      # [B, K', H, A]
         std = self.std[t].clamp(min=self.cfg.ft_std)[:, None, None]         # also at t = 0, as in sampling
         return gaussian_logprob(chain[:, 1:], mean, std).mean((-1, -2))                   # [B, K']
 
@@ -717,8 +718,7 @@ class Classifier(nn.Module):
         return (self(first, feature)[1].argmax(-1) == 1).float()
 
 class DecodedRule(Classifier):
-    """No weights: the task's own rule, on the scene that the world model decodes (in the paper, too).
-    Where the decoded scene is wrong, so is the reward."""
+    """No weights: the task's own rule, on the scene that the world model decodes (in the paper, too)."""
     def __init__(self, cfg, wm):
         nn.Module.__init__(self)                            # and the lambda keeps wm's weights out of it
         self.scene = lambda feature: (wm.state_head(feature).cpu() * STATE_SCALE).numpy()

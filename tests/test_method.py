@@ -220,6 +220,27 @@ def test_denoiser_shapes(net, H):
     assert actor.sample_chain(f).shape == (3, 11, H, 7)
 
 
+def test_the_mlp_denoiser_is_one_residual_block():
+    """l2 and last are one thin layer; values and every parameter's gradient are those of the two."""
+    net = diwa.MLPDenoiser(tiny(), FEATURE)
+    x, feature = torch.randn(3, 5, 4, 7), torch.randn(3, FEATURE)
+    t = torch.tensor([4, 3, 2, 1, 0])
+
+    def by_hand():
+        time = net.time(t).expand(3, 5, -1)
+        y = net.first(torch.cat([x.flatten(-2), time], -1)) + net.from_feature(feature)[:, None]
+        return net.last(y + net.l2(F.mish(net.l1(F.mish(y))))).view_as(x)
+
+    results = []
+    for noise in (by_hand(), net(x, t, net.see(feature[:, None]))):
+        net.zero_grad()
+        noise.square().sum().backward()
+        results.append([noise] + [p.grad for p in net.parameters()])
+    for want, got in zip(*results):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
 def test_film_scales_and_shifts_each_block():
     """A block's channels become y (1 + scale) + shift; the UNet cuts what time and feature say into its five
     blocks' parts, the first half of each the scales."""
