@@ -208,7 +208,7 @@ class ConvEncoder(nn.Module):
         def camera():
             layers = []
             for a, b in ((3, d), (d, 2 * d), (2 * d, 4 * d), (4 * d, 8 * d)):
-                layers += [nn.Conv2d(a, b, 4, 2), nn.ELU()]
+                layers += [nn.Conv2d(a, b, 4, 2), nn.ELU(inplace=True)]     # maps are large: no copies
             return nn.Sequential(*layers, nn.Flatten())
         self.static, self.gripper = camera(), camera()
         self.size = 2 * 8 * d * 4
@@ -232,9 +232,9 @@ class ConvDecoder(nn.Module):
         def camera():
             return nn.Sequential(
                 nn.Linear(inputs, 32 * d), nn.Linear(32 * d, 4 * d * 25),
-                nn.Unflatten(-1, (4 * d, 5, 5)), nn.ELU(),
-                nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), nn.ELU(),
-                nn.ConvTranspose2d(2 * d, d, 6, 2), nn.ELU(),
+                nn.Unflatten(-1, (4 * d, 5, 5)), nn.ELU(inplace=True),
+                nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), nn.ELU(inplace=True),
+                nn.ConvTranspose2d(2 * d, d, 6, 2), nn.ELU(inplace=True),
                 nn.ConvTranspose2d(d, 3, 6, 2))
         self.static, self.gripper = camera(), camera()
         self.to(memory_format=torch.channels_last)
@@ -321,7 +321,7 @@ class WorldModel(nn.Module):
             self.decoder = ConvDecoder(cfg, self.feature_size)
         else:
             self.decoder = mlp([self.feature_size, 2 * e, 2 * e, self.codec.size])
-        self.pose_head = mlp([self.feature_size, e, PROPRIO])
+        self.pose_head = mlp([self.feature_size, e, PROPRIO]) if cfg.wm_proprio else None
         self.state_head = mlp([self.feature_size, e, FIXTURES]) if cfg.wm_state else None
         self.inverse_head = mlp([2 * e, e, cfg.wm_stride * ACTION]) if cfg.wm_inverse else None
         self.more_priors = nn.ModuleList(mlp([cfg.wm_h, cfg.wm_hidden, stats_size(cfg)])
@@ -452,7 +452,8 @@ def world_model_loss(wm, batch, cfg):
     def reconstruction(f, mask, prefix=""):
         """What features f tell of each frame, against the truth: mean over the frames of the mask [B, T]"""
         parts = [("image", 1.0, wm.image_error(f[:, times], truth), mask[:, times])]
-        parts += [("pose", cfg.wm_proprio, (wm.proprio(f) - batch["proprio"]).square().sum(-1) / 2, mask)]
+        if cfg.wm_proprio:
+            parts += [("pose", cfg.wm_proprio, (wm.proprio(f) - batch["proprio"]).square().sum(-1) / 2, mask)]
         if cfg.wm_state:
             parts += [("state", cfg.wm_state, (wm.state_head(f) - batch["state"]).square().sum(-1) / 2, mask)]
         for name, _, error, counts in parts:
@@ -551,8 +552,7 @@ class UNetDenoiser(nn.Module):
 
     def forward(self, x, t, seen):
         rows = x.shape[:-2]
-        film = (self.time(t) + seen).expand(*rows, -1).flatten(0, -2)                     # [N, sum(films)]
-        film = film.split(self.films, 1)                                                  # [N, 2 b] each
+        film = (self.time(t) + seen).expand(*rows, -1).flatten(0, -2).split(self.films, 1)    # [N, 2 b] each
         x = x.flatten(0, -3).transpose(1, 2)                                              # [N, A, H]
         a = self.down[0](x, film[0])                                                      # [N, 64, H]
         b = self.down[1](self.halve[0](a), film[1])                                       # [N, 128, H/2]

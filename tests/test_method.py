@@ -839,20 +839,23 @@ def test_norm_gru_formula():
 
 def test_world_model_loss_is_the_stated_sum():
     """image + .3 KL + proprio weight * pose + state weight * state, and the same likelihood again for dreamed
-    frames; each part finite."""
+    frames; each part finite; what weighs nothing has no head and is not reckoned."""
     for changes in (dict(wm_open=0.0), dict(wm_open=0.7, wm_proprio=3.0), dict(wm_open=0.7, wm_state=5.0),
-                    dict(wm_open=0.0, wm_state=5.0), dict(wm_open=0.0, wm_inverse=2.0)):
+                    dict(wm_open=0.0, wm_state=5.0), dict(wm_open=0.0, wm_inverse=2.0),
+                    dict(wm_open=0.7, wm_proprio=0.0)):
         cfg = tiny(**changes)
         wm = diwa.WorldModel(cfg)
         loss, m = diwa.world_model_loss(wm, observations(cfg), cfg)
-        want = m["image"] + 0.3 * m["kl"] + cfg.wm_proprio * m["pose"] + cfg.wm_state * m.get("state", 0)
+        want = m["image"] + 0.3 * m["kl"] + cfg.wm_proprio * m.get("pose", 0)
+        want = want + cfg.wm_state * m.get("state", 0)
         want = want + cfg.wm_inverse * m.get("inverse", 0)
         if cfg.wm_open:
-            told = cfg.wm_proprio * m["open_pose"] + cfg.wm_state * m.get("open_state", 0)
+            told = cfg.wm_proprio * m.get("open_pose", 0) + cfg.wm_state * m.get("open_state", 0)
             want = want + 0.7 * (m["open_image"] + told)
         torch.testing.assert_close(loss, want)
         assert loss.isfinite() and ("open_image" in m) == bool(cfg.wm_open)
         assert ("state" in m) == bool(cfg.wm_state) and ("inverse" in m) == bool(cfg.wm_inverse)
+        assert ("pose" in m) == bool(cfg.wm_proprio) == (wm.pose_head is not None)
 
 
 def test_bfloat16_is_asked_for_and_nearly_the_same(monkeypatch):
@@ -1980,7 +1983,8 @@ def test_world_model_runs_on_any_device(encoder, latent, changes):
     loss.backward()
     assert loss.is_meta and all(m.is_meta for m in metrics.values()) and next(wm.parameters()).grad.is_meta
     feature = torch.randn(2, wm.feature_size, device="meta")
-    assert all(i.is_meta and i.dtype == torch.uint8 for i in wm.images(feature)) and wm.tcp(feature).is_meta
+    assert all(i.is_meta and i.dtype == torch.uint8 for i in wm.images(feature))
+    assert not cfg.wm_proprio or wm.tcp(feature).is_meta
 
 
 @pytest.mark.parametrize("latent", ["gaussian", "categorical"])
