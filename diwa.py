@@ -198,10 +198,9 @@ class NormGRU(nn.Module):
         update = torch.sigmoid(update - 1)
         return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * h
 
-# Frames reach the model through LinearCodec (principal components, support/linear.py) or through these
-
 class ConvEncoder(nn.Module):
-    """One convolutional network a camera, 64 -> 31 -> 14 -> 6 -> 2 pixels (DreamerV2)."""
+    """One convolutional network a camera, 64 -> 31 -> 14 -> 6 -> 2 pixels (DreamerV2).  The default has
+    LinearCodec in its place, principal components (support/linear.py)."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, d = cfg, cfg.wm_depth
@@ -510,12 +509,13 @@ class MLPDenoiser(nn.Module):
         self.last = nn.Linear(n, cfg.bc_chunk * ACTION)
 
     def see(self, feature):
-        """What all K steps share: the feature's part, and l2 and last, which nothing parts, in one layer."""
+        """What all K steps share.  feature [..., D] -> its part of the first layer [..., n]; l2 and last, for
+        nothing bends between them, as one thin layer: weight [H * A, n] (l2's is [n, n]), bias [H * A]"""
         return self.from_feature(feature), self.last.weight @ self.l2.weight, self.last(self.l2.bias)
 
     def forward(self, x, t, seen):
         """x [..., H, A], t [...], seen: see(feature), leading dimensions broadcast -> noise [..., H, A]"""
-        from_feature, thin, bias = seen                     # thin: [H * A, n], where l2 alone is [n, n]
+        from_feature, thin, bias = seen
         time = self.time(t).expand(*x.shape[:-2], -1)
         y = self.first(torch.cat([x.flatten(-2), time], -1)) + from_feature
         inner = F.mish(self.l1(F.mish(y)))                  # what follows is last(y + l2(inner))
