@@ -341,6 +341,10 @@ def other_settings(cfg, stage, found):
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def first_six(names):
+    return ", ".join(names[:6]) + " ..." * (len(names) > 6)
+
+
 def other_code(cfg, stage, found):
     """Has the code that made a result changed, or have the results that it was made from?
 
@@ -352,7 +356,7 @@ def other_code(cfg, stage, found):
         then = found["code"]
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
         if changed:
-            return stage, f"the code of {', '.join(changed[:6])}{' ...' * (len(changed) > 6)} has changed"
+            return stage, f"the code of {first_six(changed)} has changed"
         sources = found["made_from"].items()
         remade = [other for other, name in sources if mark(found_origin(cfg, other)) != name]
         if remade:
@@ -729,7 +733,7 @@ def run_stage(cfg, stage, work):
             why, instead = change[1], f" (--keep {stage} would use it as it is)"
         else:
             changed = [f"{name} was {then}, is {now}" for name, (then, now) in settings.items()]
-            why, instead = ", ".join(changed), ""
+            why, instead = first_six(changed), ""
         print(f"{stage}: {why}; it is done again{took}{instead}")
     if parallel.rank():
         return work(cfg)

@@ -163,6 +163,10 @@ def test_what_is_done_again_says_why(done, tmp_path, capsys):
     before = config(folder).bc_updates
     assert main(folder, "--stage", "bc", "--bc_updates", "3") == 0
     assert f"bc: bc_updates was {before}, is 3; it is done again, which took" in capsys.readouterr().out
+    changed = dict(bc_updates=2, bc_batch=8, bc_lr=1e-3, bc_ema=0.9, bc_hidden=8, bc_steps=10, bc_chunk=2)
+    assert main(folder, "--stage", "bc", *[str(x) for k, v in changed.items() for x in (f"--{k}", v)]) == 0
+    said = next(line for line in capsys.readouterr().out.splitlines() if "done again" in line)
+    assert said.count(" was ") == 6 and " ...; it is done again" in said
 
 
 def test_a_report_made_again_is_the_same(done, tmp_path):
