@@ -47,8 +47,8 @@ from support.linear import LinearCodec, likeness
 from support.presets import PRESETS
 from support.record import stage_demos, stage_play
 from support.runs import (RunSettings, Snapshots, Updates, cast_once, check_config, command_line, cosine_lr,
-                          half_precision, heldout_recording, load, output, parse, policy_weights, restore,
-                          save_result, seed_everything)
+                          fill, half_precision, heldout_recording, load, output, parse, policy_weights,
+                          restore, save_result, seed_everything)
 
 ACTION = 7                          # numbers of an action, and of a command
 POSE = 6                            # position and Euler angles of the tool
@@ -57,8 +57,8 @@ FIXTURES = 6                        # what moves or shines: slider, drawer, butt
 TIME = 16                           # size of a denoising step's embedding
 
 # 1  Config ==================================================================================================
-#    Every setting; the first eight are worth turning.  A field's prefix names its stage, which is done again
-#    when one of its fields, or of the stages it reads from, has changed.  Sets of them: support/presets.py.
+#    Every setting; turn the first eight first.  A field's prefix names its stage, which is done again when a
+#    field of it, or of a stage it reads from, changes.  A preset changes several at once: support/presets.py.
 
 @dataclass
 class Config(RunSettings):          # which adds the bookkeeping: --run, --preset, --sim, --data ...
@@ -102,7 +102,7 @@ class Config(RunSettings):          # which adds the bookkeeping: --run, --prese
     wm_open: float = 1.0            # weight of the open-loop prediction loss (paper: 0)
     wm_context: int = 5             # open loop starts after 1..wm_context watched steps
     wm_gripper: float = 0.25        # weight of the gripper camera, which has 3/4 of the variance (paper: 1)
-    wm_proprio: float = 100.0       # weight of the proprioception loss; 0 = input only (paper: 0)
+    wm_proprio: float = 100.0       # weight of the proprioception loss (0: no such head; paper: 0)
     wm_state: float = 100.0         # weight of telling the scene's state, paper's hybrid (0: no such head)
     wm_inverse: float = 0.0         # weight of guessing the action between two embeddings (WAM; paper: 0)
     wm_heads: int = 0               # more priors, for ft_doubt: no dream follows them
@@ -199,15 +199,15 @@ class NormGRU(nn.Module):
         return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * h
 
 class ConvEncoder(nn.Module):
-    """One convolutional network a camera, 64 -> 31 -> 14 -> 6 -> 2 pixels (DreamerV2).  The default has
-    LinearCodec in its place, principal components (support/linear.py)."""
+    """One convolutional network a camera, 64 -> 31 -> 14 -> 6 -> 2 pixels (DreamerV2).  By default
+    LinearCodec stands in its place: principal components, support/linear.py."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, d = cfg, cfg.wm_depth
         def camera():
             layers = []
             for a, b in ((3, d), (d, 2 * d), (2 * d, 4 * d), (4 * d, 8 * d)):
-                layers += [nn.Conv2d(a, b, 4, 2), nn.ELU(inplace=True)]     # maps are large: no copies
+                layers += [nn.Conv2d(a, b, 4, 2), nn.ELU(inplace=True)]     # in place: large maps
             return nn.Sequential(*layers, nn.Flatten())
         self.static, self.gripper = camera(), camera()
         self.size = 2 * 8 * d * 4
@@ -231,7 +231,7 @@ class ConvDecoder(nn.Module):
         def camera():
             return nn.Sequential(
                 nn.Linear(inputs, 32 * d), nn.Linear(32 * d, 4 * d * 25),
-                nn.Unflatten(-1, (4 * d, 5, 5)), nn.ELU(inplace=True),
+                nn.ELU(inplace=True), nn.Unflatten(-1, (4 * d, 5, 5)),
                 nn.ConvTranspose2d(4 * d, 2 * d, 5, 2), nn.ELU(inplace=True),
                 nn.ConvTranspose2d(2 * d, d, 6, 2), nn.ELU(inplace=True),
                 nn.ConvTranspose2d(d, 3, 6, 2))
@@ -393,7 +393,7 @@ class WorldModel(nn.Module):
         return parts[0], (posts, self.prior(hs.chunk(streams)[0])), parts[1] if streams == 2 else None
 
     def proprio(self, feature):
-        """What the model believes of the robot's own state [..., 15]; the pose lags behind the command."""
+        """What the model believes of the robot's state [..., 15], if wm_proprio; its pose lags behind c."""
         command = feature[..., -ACTION:]
         return self.pose_head(feature) + F.pad(command[..., :POSE], (0, PROPRIO - POSE))
 
@@ -483,8 +483,8 @@ def world_model_loss(wm, batch, cfg):
 #        K' ... 2      K'-1 ... 1    chain[K'-1-t]   chain[K'-t]   net    max(sigma, ft_std)    sigma
 #        1             0             chain[K'-1]     chain[K']     net    ft_std                0
 #
-#    The log-probability uses the exploring std.  With K = 20 sigma is .076 or more at t > 0, 1e-10 at t = 0:
-#    without the floor the last step would explore nothing, and its density be too sharp for a gradient.
+#    The log-probability uses the exploring std, for sigma at t = 0 is 1e-10 (elsewhere .076 or more): without
+#    the floor the last step would explore nothing.  base is the clone, frozen; net its copy, that PPO trains.
 
 class TimeEmbedding(nn.Sequential):
     """A denoising step t [...], as sinusoids and through two layers -> [..., TIME]"""
@@ -502,23 +502,23 @@ class MLPDenoiser(nn.Module):
         super().__init__()
         n = cfg.bc_hidden
         self.time = TimeEmbedding()
-        self.first = nn.Linear(cfg.bc_chunk * ACTION + TIME, n)         # one layer in two parts
-        self.from_feature = nn.Linear(feature_size, n, bias=False)
+        self.first = nn.Linear(cfg.bc_chunk * ACTION + TIME, n)     # one layer, in two parts: x and t,
+        self.from_feature = nn.Linear(feature_size, n, bias=False)      # and what is the same in all K steps
         self.l1 = nn.Linear(n, n)
         self.l2 = nn.Linear(n, n)
         self.last = nn.Linear(n, cfg.bc_chunk * ACTION)
 
     def see(self, feature):
-        """What all K steps share.  feature [..., D] -> its part of the first layer [..., n]; l2 and last, for
-        nothing bends between them, as one thin layer: weight [H * A, n] (l2's is [n, n]), bias [H * A]"""
+        """What all K steps share: the feature's part of the first layer [..., n]; and, as no nonlinearity is
+        between l2 and last, their product, thinner than l2: weight [H * A, n], bias [H * A]"""
         return self.from_feature(feature), self.last.weight @ self.l2.weight, self.last(self.l2.bias)
 
     def forward(self, x, t, seen):
-        """x [..., H, A], t [...], seen: see(feature), leading dimensions broadcast -> noise [..., H, A]"""
+        """x [..., H, A], t [...], see(feature), whose leading dimensions broadcast -> noise [..., H, A]"""
         from_feature, thin, bias = seen
         time = self.time(t).expand(*x.shape[:-2], -1)
         y = self.first(torch.cat([x.flatten(-2), time], -1)) + from_feature
-        inner = F.mish(self.l1(F.mish(y)))                  # what follows is last(y + l2(inner))
+        inner = F.mish(self.l1(F.mish(y)))                  # now last(y + l2(inner)), multiplied out
         return (F.linear(y, self.last.weight) + F.linear(inner, thin, bias)).view_as(x)
 
 class FiLMBlock(nn.Module):
@@ -540,7 +540,7 @@ class UNetDenoiser(nn.Module):
     def __init__(self, cfg, feature_size):
         super().__init__()
         n = (64, 128, 256)
-        self.films = [2 * b for b in (*n, n[1], n[0])]    # scales and shifts of each block, from time + seen
+        self.films = [2 * b for b in (*n, n[1], n[0])]    # of film = time + seen, each block's part
         self.time = nn.Sequential(TimeEmbedding(), nn.Mish(), nn.Linear(TIME, sum(self.films)))
         self.see = nn.Sequential(nn.Mish(), nn.Linear(feature_size, sum(self.films), bias=False))
         self.down = nn.ModuleList([FiLMBlock(a, b) for a, b in ((ACTION, n[0]), n[:2], n[1:])])
@@ -998,7 +998,7 @@ class Agent:
 
 def load_world_model(cfg):
     wm = WorldModel(cfg).to(cfg.device)
-    wm.load_state_dict(load(cfg, "wm")["model"])
+    fill(wm, load(cfg, "wm")["model"], "wm")
     return wm.eval().requires_grad_(False)
 
 def stage_wm(cfg):
@@ -1173,9 +1173,9 @@ def load_agent(cfg, policy):
     """World model, actor and classifier; policy: "bc", "tuned", "online" or the iteration of a snapshot."""
     wm = load_world_model(cfg)
     actor = build_actor(cfg, wm.feature_size)
-    actor.load_state_dict(policy_weights(cfg, policy))
+    fill(actor, policy_weights(cfg, policy), policy)
     classifier = build_classifier(cfg, wm)
-    classifier.load_state_dict(load(cfg, "reward")["model"])
+    fill(classifier, load(cfg, "reward")["model"], "reward")
     return Agent(cfg, wm, actor.eval(), classifier.eval())
 
 def deploy(*flags):

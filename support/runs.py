@@ -342,6 +342,7 @@ def other_settings(cfg, stage, found):
 
 
 def first_six(names):
+    """The first six, and dots where there are more."""
     return ", ".join(names[:6]) + " ..." * (len(names) > 6)
 
 
@@ -426,6 +427,16 @@ def policy_weights(cfg, policy):
         raise InputError(f"there is no snapshot {policy}: give {', '.join(tuned['snapshots'])}, tuned or bc")
     snapshot = {f"net.{name}": value for name, value in tuned["snapshots"][policy].items()}
     return dict(tuned["actor"], **snapshot)
+
+
+def fill(network, weights, whose):
+    """Give a network the weights of a stage or a policy, all of them and no others."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:                           # --keep uses what older code has left
+        differs = str(error).splitlines()[1].strip()
+        raise InputError(f"the weights of {whose} are of another network than today's ({differs}): "
+                         f"let its stage be done again, without --keep") from error
 
 
 def save(path, content):

@@ -856,6 +856,7 @@ def test_world_model_loss_is_the_stated_sum():
         assert loss.isfinite() and ("open_image" in m) == bool(cfg.wm_open)
         assert ("state" in m) == bool(cfg.wm_state) and ("inverse" in m) == bool(cfg.wm_inverse)
         assert ("pose" in m) == bool(cfg.wm_proprio) == (wm.pose_head is not None)
+        assert ("open_pose" in m) == bool(cfg.wm_open and cfg.wm_proprio)
 
 
 def test_bfloat16_is_asked_for_and_nearly_the_same(monkeypatch):

@@ -169,6 +169,23 @@ def test_what_is_done_again_says_why(done, tmp_path, capsys):
     assert said.count(" was ") == 6 and " ...; it is done again" in said
 
 
+@pytest.mark.parametrize("stage, what, next_stage", [("wm", "model", "bc"), ("bc", "actor", "finetune"),
+                                                     ("reward", "model", "finetune")])
+def test_kept_weights_of_another_network(done, tmp_path, capsys, stage, what, next_stage):
+    """--keep uses what older code has left; where its layers have other names, that is one clear sentence."""
+    folder = copy_run(done, tmp_path)
+    path = runs.output(config(folder), stage)
+    content = torch.load(path, weights_only=True)
+    weights = content[what]
+    name = next(name for name in weights if name.endswith(".weight"))
+    weights["an_older_name"] = weights.pop(name)
+    torch.save(content, path)
+    other = ["--bc_updates", "3"] if next_stage == "bc" else ["--ft_epochs", "1"]
+    assert main(folder, "--stage", next_stage, "--keep", stage, *other) == 2
+    said = capsys.readouterr().err
+    assert f"the weights of {stage} are of another network" in said and "without --keep" in said
+
+
 def test_a_report_made_again_is_the_same(done, tmp_path):
     """Nothing in it depends on what was done before it, not even the dream in its film."""
     folder = copy_run(done, tmp_path) / "smoke"
