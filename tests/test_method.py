@@ -811,7 +811,7 @@ def test_the_first_transposed_convolution_is_a_matrix():
     with torch.no_grad():
         camera[1].weight.copy_(dreamers.weight.flatten(1).T)
         camera[1].bias.copy_(dreamers.bias.repeat_interleave(25))
-    torch.testing.assert_close(camera[2](camera[1](pixel)), dreamers(pixel[..., None, None]))
+    torch.testing.assert_close(camera[3](camera[1](pixel)), dreamers(pixel[..., None, None]))
 
 
 def test_norm_gru_formula():
