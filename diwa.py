@@ -1,6 +1,6 @@
 """DiWA in one file: a diffusion policy that improves by practising inside a learned world model.
 
-    python diwa.py --stage all                     everything, some 17 minutes on two CPUs: runs/cpu/report.md
+    python diwa.py --stage all                     everything, 17-20 minutes on two CPUs: runs/cpu/report.md
     python diwa.py --stage all --preset smoke      the same loop in a minute, to see that it installs
     python diwa.py --stage all --task turn_on_led  another of the eight tasks; play and world model stay
     python diwa.py --help                          every setting, its default and the paper's value
@@ -509,8 +509,8 @@ class MLPDenoiser(nn.Module):
         self.last = nn.Linear(n, cfg.bc_chunk * ACTION)
 
     def see(self, feature):
-        """What all K steps share: the feature's part of the first layer [..., n]; and, as no nonlinearity is
-        between l2 and last, their product, thinner than l2: weight [H * A, n], bias [H * A]"""
+        """feature [..., D] -> what all K steps share: its part of the first layer [..., n]; and l2 and last
+        in one, as no nonlinearity is between: weight [H * A, n], thinner than l2's [n, n], bias [H * A]"""
         return self.from_feature(feature), self.last.weight @ self.l2.weight, self.last(self.l2.bias)
 
     def forward(self, x, t, seen):
